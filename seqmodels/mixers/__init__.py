@@ -1,0 +1,26 @@
+"""Sequence layers. ``MIXERS`` maps registry names to classes; ``seqmodels.mixers.Name`` imports on use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, Registry
+
+MIXERS = Registry(
+    "mixer",
+    {
+        "attention": "seqmodels.mixers.attention:Attention",
+        "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
+        "gated_conv": "seqmodels.mixers.gated_conv:GatedConv",
+    },
+)
+register_mixer = MIXERS.register
+
+_CLASSES = {path.partition(":")[2]: name for name, path in MIXERS._paths.items()}
+__all__ = ["MIXERS", "Mixer", "MixerOutput", "ParameterHint", "register_mixer", *_CLASSES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return MIXERS[_CLASSES[name]]
+    raise AttributeError(f"module 'seqmodels.mixers' has no attribute {name!r}")

@@ -1,0 +1,240 @@
+"""One op, several implementations, registered once with ``torch.library``.
+
+An :class:`Operator` puts every backend, the reference included, behind the registered op
+``seqmodels::<name>``, so that compile, export and fake tensors see one opaque node and a
+change of length recompiles nothing. Its gradient is an ``autograd.Function`` registered at
+the Autograd key whose backward is a second registered op, ``seqmodels::<name>_backward``.
+
+An implementation is a module with
+
+* ``forward(*args)``: takes the schema's arguments without ``backend``, returns its outputs;
+* ``backward(*grads, *args, *residuals)``: returns one tensor per differentiable argument
+  (an empty one where the argument was None). A module without it is differentiated by autograd;
+* ``supports(*args) -> str | None`` (optional): why it cannot take these arguments.
+
+It is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqmodels import backends
+
+_library = torch.library.Library("seqmodels", "FRAGMENT")
+
+
+class Operator:
+    """A registered op with a choice of implementations.
+
+    Args:
+        name: the op becomes ``torch.ops.seqmodels.<name>``.
+        arguments: schema of the arguments, e.g. ``"Tensor x, Tensor? bias, int width"``; a
+            trailing ``str backend`` is added. In-place arguments (``Tensor(a!) state``) are
+            allowed when ``differentiable`` is empty.
+        outputs: number of tensors returned, residuals included.
+        fake: ``fake(*args) -> outputs`` on fake tensors, without ``backend``.
+        modules: backend name to import path of its implementation.
+        differentiable: positions of the arguments that get a gradient; empty for an op that
+            has none (decode steps).
+        residuals: how many of the outputs, at the end, are kept for the backward and have no
+            gradient of their own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        outputs: int,
+        fake: Callable[..., Any],
+        modules: dict[str, str],
+        differentiable: Sequence[int] = (),
+        residuals: int = 0,
+    ) -> None:
+        self.name = name
+        self.modules = modules
+        self.differentiable = tuple(differentiable)
+        self.residuals = residuals
+        self.outputs = outputs
+        self._loaded: dict[str, ModuleType] = {}
+        returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+        _library.define(f"{name}({arguments}, str backend) -> {returns}")
+        _library.impl(name, self._forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"seqmodels::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+        self.overload = getattr(torch.ops.seqmodels, name).default
+        if self.differentiable:
+            self._register_gradient(arguments)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the op on the backend in force."""
+        return self.overload(*args, backends.requested_backend())
+
+    # ---- choice of the implementation
+
+    def module(self, backend: str) -> ModuleType:
+        if backend not in self._loaded:
+            self._loaded[backend] = importlib.import_module(self.modules[backend])
+        return self._loaded[backend]
+
+    def resolve(self, backend: str, args: Sequence[Any]) -> ModuleType:
+        """The implementation for these arguments; raises :class:`BackendUnavailable` by name."""
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if backend != "auto":
+            reason = self._refusal(backend, device_type, args)
+            if reason is not None:
+                raise backends.BackendUnavailable(f"{self.name}: backend {backend!r} was asked for, but {reason}")
+            return self.module(backend)
+        reasons = []
+        for candidate in backends.preference(device_type):
+            if candidate not in self.modules:
+                continue
+            reason = self._refusal(candidate, device_type, args)
+            if reason is None:
+                backends.announce(self.name, device_type, candidate, tuple(reasons))
+                return self.module(candidate)
+            reasons.append(f"not {candidate!r}: {reason}")
+        raise backends.BackendUnavailable(f"{self.name}: no backend can run on {device_type}: {'; '.join(reasons)}")
+
+    def _refusal(self, backend: str, device_type: str, args: Sequence[Any]) -> str | None:
+        if backend not in self.modules:
+            return f"this op has only {', '.join(self.modules)}"
+        reason = backends.missing(backend)
+        if reason is not None:
+            return reason
+        if backend == "cpu" and device_type != "cpu":
+            return f"its tensors are on {device_type!r}; C++ kernels run on the CPU"
+        if backend == "cuda" and device_type != "cuda":
+            return f"its tensors are on {device_type!r}; CUDA kernels run on a GPU"
+        module = self.module(backend)
+        supports = getattr(module, "supports", None)
+        return None if supports is None else supports(*args)
+
+    # ---- kernels
+
+    def _forward(self, *args: Any) -> Any:
+        return self.resolve(args[-1], args[:-1]).forward(*args[:-1])
+
+    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *values, backend = args
+        num_grads = self.outputs - self.residuals
+        grads, inputs = values[:num_grads], values[num_grads : len(values) - self.residuals]
+        module = self.resolve(backend, inputs)
+        if hasattr(module, "backward"):
+            return tuple(module.backward(*values))
+        return self._differentiate(module.forward, grads, inputs)
+
+    def _differentiate(
+        self, forward: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Any]
+    ) -> tuple[Tensor, ...]:
+        """Gradient of an implementation written in plain PyTorch, by recomputing it under autograd."""
+        leaves = list(inputs)
+        with torch.enable_grad():
+            for index in self.differentiable:
+                if leaves[index] is not None:
+                    leaves[index] = leaves[index].detach().requires_grad_()
+            outputs = forward(*leaves)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs[: len(grads)]
+            wanted = [leaves[index] for index in self.differentiable if leaves[index] is not None]
+            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+            found = iter(
+                torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
+            )
+        result = []
+        for index in self.differentiable:
+            leaf = leaves[index]
+            if leaf is None:
+                result.append(grads[0].new_empty(0))
+                continue
+            gradient = next(found)
+            result.append(torch.zeros_like(leaf) if gradient is None else gradient.contiguous())
+        return tuple(result)
+
+    def _register_gradient(self, arguments: str) -> None:
+        name, num_grads = self.name, self.outputs - self.residuals
+        grad_schema = ", ".join(f"Tensor grad_{index}" for index in range(num_grads))
+        kept_schema = "".join(f", Tensor residual_{index}" for index in range(self.residuals))
+        returns = "Tensor" if len(self.differentiable) == 1 else "(" + ", ".join(["Tensor"] * len(self.differentiable)) + ")"
+        single = len(self.differentiable) == 1
+        _library.define(f"{name}_backward({grad_schema}, {arguments}{kept_schema}, str backend) -> {returns}")
+
+        def backward_kernel(*args: Any) -> Any:
+            result = self._backward(*args)
+            return result[0] if single else result
+
+        def backward_fake(*args: Any) -> Any:
+            inputs = args[num_grads:]
+            result = tuple(
+                args[0].new_empty(0) if inputs[index] is None else torch.empty_like(inputs[index], memory_format=torch.contiguous_format)
+                for index in self.differentiable
+            )
+            return result[0] if single else result
+
+        _library.impl(f"{name}_backward", backward_kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"seqmodels::{name}_backward", backward_fake, lib=_library)
+        backward_overload = getattr(torch.ops.seqmodels, f"{name}_backward").default
+        overload, positions, residuals = self.overload, self.differentiable, self.residuals
+
+        class Gradient(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    outputs = overload(*args)
+                outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+                kept = outputs[num_grads:]
+                tensors = [arg for arg in args if isinstance(arg, Tensor)]
+                ctx.save_for_backward(*tensors, *kept)
+                ctx.template = [None if isinstance(arg, Tensor) else (arg,) for arg in args]
+                if kept:
+                    ctx.mark_non_differentiable(*kept)
+                return outputs[0] if len(outputs) == 1 else outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                saved = iter(ctx.saved_tensors)
+                args = [next(saved) if entry is None else entry[0] for entry in ctx.template]
+                gradients = backward_overload(*grads[:num_grads], *args[:-1], *saved, args[-1])
+                gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
+                result: list[Any] = [None] * len(args)
+                for position, gradient in zip(positions, gradients, strict=True):
+                    if args[position] is not None:
+                        result[position] = gradient
+                return tuple(result)
+
+        Gradient.__name__ = f"{name}_gradient"
+        def autograd_kernel(*args: Any) -> Any:
+            if not torch.is_grad_enabled():
+                with torch._C._AutoDispatchBelowAutograd():
+                    return overload(*args)
+            return Gradient.apply(*args)
+
+        _library.impl(name, autograd_kernel, "Autograd")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device, or None outside autocast.
+
+    Ops cast their matrix inputs with it; decays, phases and carried state stay as they are.
+    """
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` in autocast's dtype (unchanged outside autocast; float64 is never lowered)."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Carried state is float32, or float64 beside float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
