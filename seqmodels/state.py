@@ -97,6 +97,10 @@ def _canonical(value: Any) -> Any:
     return value
 
 
+class EmptyState(State):
+    """The state of a layer that treats every token alone (SwiGLU, MLP): no tensor, no bytes."""
+
+
 def check_state(state: Any, expected: State, owner: str) -> None:
     """Refuses a state of another layer, batch size, capacity or dtype, naming the field.
 
