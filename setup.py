@@ -1,0 +1,192 @@
+"""Builds the compiled kernels in ``csrc/`` where torch and a compiler are present.
+
+One shared library, ``seqmodels/_C.abi3.so``, holds the CPU kernels. It uses torch's stable
+ABI (target 2.11) and no Python symbol, so one wheel serves every torch from 2.11 on and
+every Python from 3.10 on. Every source is compiled once per instruction set (see
+``csrc/cpu/dispatch.h``). ``seqmodels/_CUDA.abi3.so`` is built beside it when
+``SEQMODELS_CUDA=1``, or when torch is a CUDA build and nvcc is found.
+
+Nothing here fails an installation: without torch or a compiler the package installs without
+kernels, says so, and runs on PyTorch and Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ABI_TARGET = "0x020b000000000000"  # torch 2.11
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+LEVELS = {"plain": []}
+if X86:
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["avx512"] = [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ]  # fmt: skip
+COMPILE = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-math-errno",
+           "-fno-trapping-math", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]  # fmt: skip
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"]
+# Three GPU generations, and PTX of the last for what comes after.
+CUDA_ARCHITECTURES = os.environ.get("SEQMODELS_CUDA_ARCHITECTURES", "80;90;100").split(";")
+
+
+def find_torch() -> Path | None:
+    """The folder of an installed torch >= 2.11, or None."""
+    try:
+        import torch
+    except ImportError:
+        print("seqmodels: torch is not importable here (build isolation hides it); building without kernels. "
+              "Install torch first and pass --no-build-isolation to get them.", file=sys.stderr)  # fmt: skip
+        return None
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 11):
+        print(f"seqmodels: torch {torch.__version__} is older than 2.11; building without kernels.", file=sys.stderr)
+        return None
+    return Path(torch.__file__).resolve().parent
+
+
+def find_compiler() -> str | None:
+    """$CXX, else the first of c++, g++ and clang++ on the path."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(candidate.split()[0]):
+            return candidate
+    print(f"seqmodels: no C++ compiler found (looked for {', '.join(candidates)}); building without kernels.",
+          file=sys.stderr)  # fmt: skip
+    return None
+
+
+def wants_cuda() -> bool:
+    if not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return False
+    setting = os.environ.get("SEQMODELS_CUDA")
+    if setting is not None:
+        return setting == "1"
+    import torch
+
+    return torch.version.cuda is not None and shutil.which("nvcc") is not None
+
+
+def extensions() -> list[Extension]:
+    if sys.platform == "win32" or find_torch() is None or find_compiler() is None:
+        return []
+    found = [Extension("seqmodels._C", relative("csrc/cpu", "*.cpp"), py_limited_api=True, optional=True)]
+    if wants_cuda():
+        sources = relative("csrc/cuda", "*.cu") + relative("csrc/cuda", "*.cpp")
+        found.append(Extension("seqmodels._CUDA", sources, py_limited_api=True, optional=True))
+    return found
+
+
+def relative(folder: str, pattern: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / folder).glob(pattern))]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One build at a time in this folder: editable installs share it."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class BuildKernels(build_ext):
+    """Compiles every source at every level in parallel, skipping what is up to date."""
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = ROOT / self.build_temp / ("asan" if os.environ.get("SEQMODELS_ASAN") == "1" else "release")
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            with locked(folder):
+                self._build(ext, folder, target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # A compiler that cannot build the kernels must not stop the installation.
+            print(f"seqmodels: {ext.name} was not built ({error}); the package works without it.", file=sys.stderr)
+            if os.environ.get("SEQMODELS_REQUIRE_KERNELS") == "1":
+                raise SystemExit(1) from error
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds: setuptools' copy is not atomic and fails on a missing file."""
+        for ext in self.extensions:
+            filename = self.get_ext_filename(ext.name)
+            built = Path(self.build_lib) / filename
+            if built.exists():
+                install(built, ROOT / filename)
+
+    def _build(self, ext: Extension, folder: Path, target: Path) -> None:
+        torch_folder, compiler = find_torch(), find_compiler()
+        assert torch_folder is not None and compiler is not None
+        includes = [f"-I{ROOT / 'csrc/cpu'}", f"-isystem{torch_folder / 'include'}"]
+        sanitize = SANITIZE if os.environ.get("SEQMODELS_ASAN") == "1" else []
+        newest_header = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
+        jobs = []
+        for source in map(Path, ext.sources):
+            if source.suffix == ".cu":
+                command = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
+                jobs.append((command, source, folder / f"{source.name}.o"))
+                continue
+            # CUDA's registration files hold no CPU kernel: one level is enough.
+            for level, flags in LEVELS.items() if ext.name.endswith("._C") else [("plain", [])]:
+                define = [f"-DSEQMODELS_LEVEL={level}", f"-DSEQMODELS_LAUNCHERS={int(level == 'plain')}"]
+                command = [*compiler.split(), *COMPILE, *define, *flags, *includes, *sanitize]
+                jobs.append((command, source, folder / f"{source.name}.{level}.o"))
+        order = list(LEVELS)
+        objects = [job[2] for job in sorted(jobs, key=lambda job: order.index(job[2].suffixes[-2][1:]) if job[1].suffix == ".cpp" else 0)]
+        stale = [
+            job for job in jobs
+            if not job[2].exists() or job[2].stat().st_mtime < max((ROOT / job[1]).stat().st_mtime, newest_header)
+        ]  # fmt: skip
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            list(pool.map(compile_one, stale))
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        linked = folder / target.name
+        libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        if ext.name.endswith("._CUDA"):
+            libraries += ["-ltorch_cuda", f"-L{Path(shutil.which('nvcc') or '').parent.parent / 'lib64'}", "-lcudart"]
+        link = [*compiler.split(), "-shared", *map(str, objects), *libraries, *sanitize, "-o", str(linked)]
+        run(link)
+        install(linked, target)
+
+
+def architectures() -> list[str]:
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
+    last = CUDA_ARCHITECTURES[-1]
+    return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def install(source: Path, target: Path) -> None:
+    """Copies under a temporary name and renames: a process that has the old library mapped keeps it."""
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, unfinished)
+    os.replace(unfinished, target)
+
+
+def compile_one(job: tuple[list[str], Path, Path]) -> None:
+    command, source, target = job
+    run([*command, "-c", str(ROOT / source), "-o", str(target)])
+
+
+def run(command: list[str]) -> None:
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
