@@ -17,6 +17,7 @@ It is imported when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -119,16 +120,18 @@ class Operator:
     # ---- kernels
 
     def _forward(self, *args: Any) -> Any:
-        return self.resolve(args[-1], args[:-1]).forward(*args[:-1])
+        with _without_autocast(args):
+            return self.resolve(args[-1], args[:-1]).forward(*args[:-1])
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         *values, backend = args
         num_grads = self.outputs - self.residuals
         grads, inputs = values[:num_grads], values[num_grads : len(values) - self.residuals]
         module = self.resolve(backend, inputs)
-        if hasattr(module, "backward"):
-            return tuple(module.backward(*values))
-        return self._differentiate(module.forward, grads, inputs)
+        with _without_autocast(inputs):
+            if hasattr(module, "backward"):
+                return tuple(module.backward(*values))
+            return self._differentiate(module.forward, grads, inputs)
 
     def _differentiate(
         self, forward: Callable[..., Any], grads: Sequence[Tensor], inputs: Sequence[Any]
@@ -215,6 +218,14 @@ class Operator:
             return Gradient.apply(*args)
 
         _library.impl(name, autograd_kernel, "Autograd")
+
+
+def _without_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Autocast acts in front of an op (:func:`cast_inputs`), never on the operations inside it."""
+    device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
