@@ -48,6 +48,10 @@ class Mixer(nn.Module):
 
     causality: ClassVar[Causality] = "causal"
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {}
+    #: Parameters whose output is added to the residual stream: a model's depth-scaled initialisation shrinks them.
+    residual_outputs: ClassVar[tuple[str, ...]] = ("out_proj.weight",)
+    #: Weights of ``nn.Linear`` children that a model-wide initialisation must not overwrite (identity maps and the like).
+    own_initialization: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
