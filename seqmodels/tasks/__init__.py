@@ -1,0 +1,1 @@
+"""Data generators, loaders and metrics. Nothing in here trains."""

@@ -1,0 +1,1 @@
+"""Training: one explicit loop on one process or under torchrun."""
