@@ -105,9 +105,13 @@ def check_keys(data: Any, kind: Any, path: str = "") -> None:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The message for a key that does not exist, with the nearest that do."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return f"unknown configuration key {key!r}; {hint}"
+    return f"unknown configuration key {key!r}.{nearest(key, known) or ' Known: ' + ', '.join(known)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``" Did you mean a or b?"`` for the known names that look like ``name``; empty when none does."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
