@@ -73,6 +73,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def load(path: str | Path, kind: type[T], overrides: Iterable[str] = ()) -> T:
+    """A YAML file with ``dotted.key=value`` overrides as a struct of type ``kind``."""
+    return convert(apply_overrides(load_yaml(path), overrides), kind)
+
+
 def dump_yaml(config: Any) -> str:
     """A struct (or plain values) as YAML that :func:`load_yaml` reads back equal."""
     return yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False, default_flow_style=None, width=110)
