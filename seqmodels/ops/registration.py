@@ -8,7 +8,8 @@ the Autograd key whose backward is a second registered op, ``seqmodels::<name>_b
 An implementation is a module with
 
 * ``forward(*args)``: takes the schema's arguments without ``backend``, returns its outputs;
-* ``backward(*grads, *args, *residuals)``: returns one tensor per differentiable argument
+* ``backward(*grads, *args, *kept)``: ``kept`` are the residuals, or all outputs with
+  ``keep_outputs``. Returns one tensor per differentiable argument
   (an empty one where the argument was None). A module without it is differentiated by autograd;
 * ``supports(*args) -> str | None`` (optional): why it cannot take these arguments.
 
@@ -46,6 +47,7 @@ class Operator:
             has none (decode steps).
         residuals: how many of the outputs, at the end, are kept for the backward and have no
             gradient of their own.
+        keep_outputs: the backward gets every output, not only the residuals.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Operator:
         modules: dict[str, str],
         differentiable: Sequence[int] = (),
         residuals: int = 0,
+        keep_outputs: bool = False,
     ) -> None:
         self.name = name
         self.modules = modules
         self.differentiable = tuple(differentiable)
         self.residuals = residuals
         self.outputs = outputs
+        self.kept = outputs if keep_outputs else residuals
         self._loaded: dict[str, ModuleType] = {}
         returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
         _library.define(f"{name}({arguments}, str backend) -> {returns}")
@@ -126,7 +130,7 @@ class Operator:
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         *values, backend = args
         num_grads = self.outputs - self.residuals
-        grads, inputs = values[:num_grads], values[num_grads : len(values) - self.residuals]
+        grads, inputs = values[:num_grads], values[num_grads : len(values) - self.kept]
         module = self.resolve(backend, inputs)
         with _without_autocast(inputs):
             if hasattr(module, "backward"):
@@ -162,7 +166,7 @@ class Operator:
     def _register_gradient(self, arguments: str) -> None:
         name, num_grads = self.name, self.outputs - self.residuals
         grad_schema = ", ".join(f"Tensor grad_{index}" for index in range(num_grads))
-        kept_schema = "".join(f", Tensor residual_{index}" for index in range(self.residuals))
+        kept_schema = "".join(f", Tensor kept_{index}" for index in range(self.kept))
         returns = "Tensor" if len(self.differentiable) == 1 else "(" + ", ".join(["Tensor"] * len(self.differentiable)) + ")"
         single = len(self.differentiable) == 1
         _library.define(f"{name}_backward({grad_schema}, {arguments}{kept_schema}, str backend) -> {returns}")
@@ -182,7 +186,7 @@ class Operator:
         _library.impl(f"{name}_backward", backward_kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"seqmodels::{name}_backward", backward_fake, lib=_library)
         backward_overload = getattr(torch.ops.seqmodels, f"{name}_backward").default
-        overload, positions, residuals = self.overload, self.differentiable, self.residuals
+        overload, positions, num_kept = self.overload, self.differentiable, self.kept
 
         class Gradient(torch.autograd.Function):
             @staticmethod
@@ -190,12 +194,12 @@ class Operator:
                 with torch._C._AutoDispatchBelowAutograd():
                     outputs = overload(*args)
                 outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-                kept = outputs[num_grads:]
+                residuals = outputs[num_grads:]
                 tensors = [arg for arg in args if isinstance(arg, Tensor)]
-                ctx.save_for_backward(*tensors, *kept)
+                ctx.save_for_backward(*tensors, *outputs[len(outputs) - num_kept :])
                 ctx.template = [None if isinstance(arg, Tensor) else (arg,) for arg in args]
-                if kept:
-                    ctx.mark_non_differentiable(*kept)
+                if residuals:
+                    ctx.mark_non_differentiable(*residuals)
                 return outputs[0] if len(outputs) == 1 else outputs
 
             @staticmethod
