@@ -13,8 +13,8 @@ so all work but the last line is matrix products over all chunks at once. What m
   with S and with v fold the heads of a group into the matrix width. Nothing head-expanded of
   width N is ever stored.
 * W goes into v, so the decay matrix needs one exponential and one mask.
-* c_i - c_j <= 0 is taken before the exponential, from a sum in two floats, so that a large decay
-  does not cost the tokens behind it their precision.
+* c is kept in float64 and every difference c_i - c_j <= 0 is taken before the exponential, so
+  that a large decay does not cost the tokens behind it their precision.
 
 Shape legend: T chunks of all documents, Q tokens a chunk, R ranks, G groups (Gq, Gk), h heads of
 one group, H heads, N key width, P value width (one wider with the normaliser), D documents.
@@ -63,14 +63,13 @@ def forward(
 
     q_TQRGN, k_TQRGN = chunks(q.to(compute)), chunks(k.to(compute))
     v_TQRHP = chunks(values)
-    decay_TQH, past_TQH, diagonal_TQH = (
-        None if x is None else chunks(x) for x in (log_decay, past_weight, diagonal_weight)
-    )
+    past_TQH, diagonal_TQH = (None if x is None else chunks(x) for x in (past_weight, diagonal_weight))
+    total_TQH = None if log_decay is None else chunks(log_decay).cumsum(1, dtype=torch.float64)  # c
     weighted_TQRHP = v_TQRHP if past_TQH is None else v_TQRHP * past_TQH[:, :, None, :, None]
 
-    start_THNP, final = _states(k_TQRGN, weighted_TQRHP, decay_TQH, initial_state, table, batch_size)
-    y = _inside(q_TQRGN, k_TQRGN, v_TQRHP, weighted_TQRHP, decay_TQH, diagonal_TQH)
-    y = y + _from_start(q_TQRGN, start_THNP, decay_TQH)
+    start_THNP, final = _states(k_TQRGN, weighted_TQRHP, total_TQH, initial_state, table, batch_size)
+    y = _inside(q_TQRGN, k_TQRGN, v_TQRHP, weighted_TQRHP, total_TQH, diagonal_TQH)
+    y = y + _from_start(q_TQRGN, start_THNP, total_TQH)
     if normalize:
         y = y[..., :-1] / (y[..., -1:] + epsilon)
     y = y.to(v.dtype)
@@ -87,7 +86,7 @@ def _inside(
     k_TQRGN: Tensor,
     v_TQRHP: Tensor,
     weighted_TQRHP: Tensor,
-    decay_TQH: Tensor | None,
+    total_TQH: Tensor | None,
     diagonal_TQH: Tensor | None,
 ) -> Tensor:
     """What tokens of a chunk read from the same chunk: (T, Q, R, H, P)."""
@@ -96,13 +95,13 @@ def _inside(
     scores = _scores(q_TQRGN, k_TQRGN)
     G, h = scores.shape[1], H // scores.shape[1]
     visible = torch.ones(Q, Q, dtype=torch.bool, device=scores.device).tril(0 if own_inside else -1)
-    if decay_TQH is None:
+    if total_TQH is None:
         # One matrix for all heads of the group: fold them into the width.
         masked = (scores.view(T, G, Q, R, Q, R) * visible[:, None, :, None]).view(T, G, Q * R, Q * R)
         values = weighted_TQRHP.view(T, Q * R, G, h * P).transpose(1, 2)
         y = (masked @ values).transpose(1, 2).reshape(T, Q, R, H, P)
     else:
-        decay = _decay_between(decay_TQH).masked_fill_(~visible, -math.inf).exp_()
+        decay = _decay_between(total_TQH, scores.dtype).masked_fill_(~visible, -math.inf).exp_()
         weights = scores.view(T, G, 1, Q, R, Q, R) * decay.view(T, G, h, Q, 1, Q, 1)
         values = weighted_TQRHP.view(T, Q * R, H, P).transpose(1, 2)
         y = (weights.view(T, H, Q * R, Q * R) @ values).transpose(1, 2).reshape(T, Q, R, H, P)
@@ -137,13 +136,13 @@ def _scores(q_TQRGN: Tensor, k_TQRGN: Tensor) -> Tensor:
     return scores.transpose(2, 3).reshape(T, Gk, Q * R, Q * R)
 
 
-def _decay_between(decay_TQH: Tensor) -> Tensor:
-    """c_i - c_j for all pairs of a chunk: (T, H, Q, Q), to the relative precision of the compute dtype."""
-    total = decay_TQH.transpose(1, 2).cumsum(-1, dtype=torch.float64)
-    high = total.to(decay_TQH.dtype)
+def _decay_between(total_TQH: Tensor, dtype: torch.dtype) -> Tensor:
+    """c_i - c_j for all pairs of a chunk: (T, H, Q, Q), to the relative precision of ``dtype``."""
+    total = total_TQH.transpose(1, 2).contiguous()
+    high = total.to(dtype)
     between = high[..., :, None] - high[..., None, :]
-    if decay_TQH.dtype != torch.float64:
-        low = (total - high).to(decay_TQH.dtype)
+    if dtype != torch.float64:  # two floats hold c; a difference in float64 would be twice the traffic
+        low = (total - high).to(dtype)
         between += low[..., :, None] - low[..., None, :]
     return between
 
@@ -151,7 +150,7 @@ def _decay_between(decay_TQH: Tensor) -> Tensor:
 def _states(
     k_TQRGN: Tensor,
     weighted_TQRHP: Tensor,
-    decay_TQH: Tensor | None,
+    total_TQH: Tensor | None,
     initial_state: Tensor | None,
     table: ChunkTable | None,
     batch_size: int,
@@ -160,17 +159,15 @@ def _states(
     T, Q, R, G, N = k_TQRGN.shape
     H, P = weighted_TQRHP.shape[3:]
     values = weighted_TQRHP
-    if decay_TQH is not None:
-        # e^{c_Q - c_j}: summed from the end, so that nothing large cancels.
-        behind = decay_TQH.flip(1).cumsum(1).flip(1) - decay_TQH
-        values = values * behind.clamp_max(0).exp()[:, :, None, :, None]
+    if total_TQH is not None:
+        values = values * (total_TQH[:, -1:] - total_TQH).to(values.dtype).exp()[:, :, None, :, None]
     k = k_TQRGN.reshape(T, Q * R, G, N).permute(0, 2, 3, 1)
     increment = k @ values.reshape(T, Q * R, G, (H // G) * P).transpose(1, 2)
     increment = increment.view(T, G, N, H // G, P).transpose(2, 3).reshape(T, H, N, P)
-    if decay_TQH is None:
+    if total_TQH is None:
         carry = torch.ones(T, H, dtype=increment.dtype, device=increment.device)
     else:
-        carry = decay_TQH.sum(1).exp()
+        carry = total_TQH[:, -1].to(increment.dtype).exp()
 
     if table is None:
         before = increment.new_zeros(batch_size, H, N, P) if initial_state is None else initial_state
@@ -228,11 +225,11 @@ def _scan_flat(carry_TH: Tensor, increment_THNP: Tensor) -> Tensor:
     return total.view(-1, H, N, P)[:T]
 
 
-def _from_start(q_TQRGN: Tensor, start_THNP: Tensor, decay_TQH: Tensor | None) -> Tensor:
+def _from_start(q_TQRGN: Tensor, start_THNP: Tensor, total_TQH: Tensor | None) -> Tensor:
     """e^{c_i} q_i S: what a chunk's tokens read from the state at its start, (T, Q, R, H, P)."""
     T, Q, R, G, N = q_TQRGN.shape
     H, P = start_THNP.shape[1], start_THNP.shape[3]
     q = q_TQRGN.reshape(T, Q * R, G, N).transpose(1, 2)
     start = start_THNP.view(T, G, H // G, N, P).transpose(2, 3).reshape(T, G, N, (H // G) * P)
     y = (q @ start).transpose(1, 2).reshape(T, Q, R, H, P)
-    return y if decay_TQH is None else y * decay_TQH.cumsum(1).exp()[:, :, None, :, None]
+    return y if total_TQH is None else y * total_TQH.to(y.dtype).exp()[:, :, None, :, None]
