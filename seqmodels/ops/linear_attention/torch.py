@@ -191,11 +191,12 @@ def _of_documents(after: Tensor, before: Tensor, table: ChunkTable) -> Tensor:
 def _scan_rows(carry_TH: Tensor, increment_THNP: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """S_c = carry_c S_{c-1} + increment_c along each row: (S before each chunk, S at the end)."""
     rows = before.shape[0]
-    carry = carry_TH.view(rows, -1, carry_TH.shape[1], 1, 1)
-    increment = increment_THNP.view(rows, -1, *before.shape[1:])
+    # unbind, because the backward of an index would fill a tensor of all chunks for each chunk
+    carries = carry_TH.view(rows, -1, carry_TH.shape[1], 1, 1).unbind(1)
+    increments = increment_THNP.view(rows, -1, *before.shape[1:]).unbind(1)
     states = [before]
-    for chunk in range(increment.shape[1]):
-        states.append(torch.addcmul(increment[:, chunk], carry[:, chunk], states[-1]))
+    for carry, increment in zip(carries, increments, strict=True):
+        states.append(torch.addcmul(increment, carry, states[-1]))
     return torch.stack(states[:-1], dim=1).view_as(increment_THNP), states[-1].clone()
 
 
@@ -208,18 +209,15 @@ def _scan_flat(carry_TH: Tensor, increment_THNP: Tensor) -> Tensor:
     T, H, N, P = increment_THNP.shape
     width = max(1, math.isqrt(T))
     behind = -T % width
-    carry = pad(carry_TH, (0, 0, 0, behind)).view(-1, width, H, 1, 1)
-    increment = pad(increment_THNP, (0, 0, 0, 0, 0, 0, 0, behind)).view(-1, width, H, N, P)
-    state, product = increment[:, 0], carry[:, 0]
-    states, products = [state], [product]
-    for place in range(1, width):
-        state = torch.addcmul(increment[:, place], carry[:, place], state)
-        product = product * carry[:, place]
-        states.append(state)
-        products.append(product)
-    entering = [torch.zeros_like(state[0])]
-    for segment in range(state.shape[0] - 1):
-        entering.append(torch.addcmul(state[segment], product[segment], entering[-1]))
+    carries = pad(carry_TH, (0, 0, 0, behind)).view(-1, width, H, 1, 1).unbind(1)
+    increments = pad(increment_THNP, (0, 0, 0, 0, 0, 0, 0, behind)).view(-1, width, H, N, P).unbind(1)
+    states, products = [increments[0]], [carries[0]]
+    for carry, increment in zip(carries[1:], increments[1:], strict=True):
+        states.append(torch.addcmul(increment, carry, states[-1]))
+        products.append(products[-1] * carry)
+    entering = [torch.zeros_like(states[-1][0])]
+    for ending, product in zip(states[-1].unbind(0)[:-1], products[-1].unbind(0)[:-1], strict=True):
+        entering.append(torch.addcmul(ending, product, entering[-1]))
     inside = torch.stack(states, dim=1)
     total = torch.addcmul(inside, torch.stack(products, dim=1), torch.stack(entering)[:, None])
     return total.view(-1, H, N, P)[:T]
