@@ -1,0 +1,26 @@
+"""Models built from layers by configuration."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "ClassifierConfig": "config",
+    "Initialization": "config",
+    "ModelConfig": "config",
+    "load_config": "config",
+    "LanguageModel": "language_model",
+    "LossOutput": "language_model",
+    "ModelOutput": "language_model",
+    "ModelState": "stack",
+    "Stack": "stack",
+    "next_token_targets": "loss",
+}
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"seqmodels.models.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'seqmodels.models' has no attribute {name!r}")

@@ -1,0 +1,271 @@
+"""What a model is, as typed, frozen, strict configuration (see :mod:`seqmodels.configuration`).
+
+A stack of residual blocks is written as a pattern of words, or as an explicit list::
+
+    d_model: 256
+    pattern: "3x(gated_conv swiglu) window swiglu 2x(shared swiglu)"
+    layers:
+      gated_conv: {kernel_size: 3}                       # arguments of every gated_conv
+      window: {layer: attention, num_heads: 8, window: 256}   # a word of one's own
+      shared: {layer: attention, num_heads: 8, share: a}      # one set of weights, a state a site
+
+    blocks:                                              # instead of pattern
+      - 3x(gated_conv swiglu)
+      - {layer: attention, window: 512}                  # this block alone
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from seqmodels.configuration import load, nearest
+from seqmodels.models.arguments import convert_arguments, layer_class, layer_names
+from seqmodels.models.pattern import parse_pattern
+
+RESERVED = ("layer", "share")  # keys of a layer's entry that are not its arguments
+
+
+class LayerSpec(NamedTuple):
+    """One layer: its registry name and its arguments as configured."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class BlockSpec(NamedTuple):
+    """One residual block: the layers of its branch, applied in turn, and the id its weights are shared by."""
+
+    layers: tuple[LayerSpec, ...]
+    share: str | None
+    where: str  # its place in the configuration, for errors
+
+
+class Initialization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Initial weights.
+
+    Attributes:
+        embedding_std: the embedding (and an untied head) is N(0, embedding_std^2).
+        linear_std: weights of the layers' ``nn.Linear`` become N(0, linear_std^2); null leaves each
+            layer's own initialisation. A layer's ``own_initialization`` is never touched.
+        residual_scale: factor on the weights that write to the residual stream; "depth" is
+            1/sqrt(number of blocks), null is 1.
+    """
+
+    embedding_std: float = 0.02
+    linear_std: float | None = None
+    residual_scale: float | Literal["depth"] | None = "depth"
+
+    def __post_init__(self) -> None:
+        _check_number("embedding_std", self.embedding_std, 0.0)
+        if self.linear_std is not None:
+            _check_number("linear_std", self.linear_std, 0.0)
+        if isinstance(self.residual_scale, float):
+            _check_number("residual_scale", self.residual_scale, 0.0)
+
+
+class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Residual blocks: h = h + layer(norm(h)) (pre), or h = norm(h + layer(h)) (post).
+
+    Attributes:
+        d_model: width of the residual stream.
+        pattern: blocks in words (:mod:`seqmodels.models.pattern`).
+        blocks: blocks as a list of patterns and of mappings ``{layer: word, share: id, argument: value}``.
+            Exactly one of ``pattern`` and ``blocks`` is given.
+        layers: arguments by word. ``layer`` in an entry makes the word another name of that layer, which
+            starts from that layer's own entry; ``share`` makes all blocks of that id one set of weights.
+        norm: "rms", "layer", "batch" (over batch and length: classifiers only) or "none".
+        norm_place: "pre" (plus a norm after the last block) or "post".
+        norm_epsilon: added to the mean square or variance.
+        residual_in_float32: keep the residual stream in float32 whatever the parameters' dtype.
+        dropout: probability, on what a block adds and between the layers of one branch.
+        dropout_tied: one dropout mask for all positions of a sequence.
+        activation_checkpointing: recompute each block in the backward instead of storing it.
+        initialization: see :class:`Initialization`.
+    """
+
+    d_model: int
+    pattern: str | None = None
+    blocks: tuple[str | dict[str, Any], ...] | None = None
+    layers: dict[str, dict[str, Any]] = {}
+    norm: Literal["rms", "layer", "batch", "none"] = "rms"
+    norm_place: Literal["pre", "post"] = "pre"
+    norm_epsilon: float = 1e-5
+    residual_in_float32: bool = False
+    dropout: float = 0.0
+    dropout_tied: bool = False
+    activation_checkpointing: bool = False
+    initialization: Initialization = msgspec.field(default_factory=Initialization)
+
+    def __post_init__(self) -> None:
+        _check_size("d_model", self.d_model)
+        _check_number("norm_epsilon", self.norm_epsilon, 0.0)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout!r}; expected 0 <= dropout < 1")
+        if (self.pattern is None) == (self.blocks is None):
+            raise ValueError("give exactly one of 'pattern' (words) and 'blocks' (a list)")
+        if self.norm == "none" and self.norm_place == "post":
+            raise ValueError("norm_place 'post' places a norm, but norm is 'none'")
+        self.block_specs()
+
+    def block_specs(self) -> list[BlockSpec]:
+        """Every block in order, arguments merged; unknown words are refused with the nearest names."""
+        for word in self.layers:
+            self._resolve(word, f"layers.{word}")
+        specs = []
+        if self.pattern is not None:
+            for branch in parse_pattern(self.pattern):
+                specs.append(self._block(branch, f"block {len(specs)}"))
+            return specs
+        for index, entry in enumerate(self.blocks or ()):
+            if isinstance(entry, str):
+                for branch in parse_pattern(entry):
+                    specs.append(self._block(branch, f"block {len(specs)}"))
+                continue
+            if not isinstance(entry.get("layer"), str):
+                raise ValueError(f"blocks.{index}: a mapping needs the key 'layer' with a layer's name; got {entry}")
+            where = f"block {len(specs)}"
+            spec, share = self._resolve(entry["layer"], where)
+            own = {key: value for key, value in entry.items() if key not in RESERVED}
+            share = _share_id(entry, where) or share
+            specs.append(BlockSpec((LayerSpec(spec.name, {**spec.arguments, **own}),), share, where))
+        if not specs:
+            raise ValueError("blocks is empty; name at least one layer")
+        return specs
+
+    def check_layers(self) -> None:
+        """Checks every layer's arguments against its constructor, without building anything."""
+        for word in self.layers:
+            spec, _ = self._resolve(word, f"layers.{word}")
+            if word not in self._bases():
+                convert_arguments(spec.name, spec.arguments, f"layers.{word}")
+        for block in self.block_specs():
+            for layer in block.layers:
+                convert_arguments(layer.name, layer.arguments, block.where)
+
+    def _bases(self) -> set[str]:
+        """Words that only lend their arguments to others: they need not be complete themselves."""
+        return {entry["layer"] for entry in self.layers.values() if "layer" in entry}
+
+    def _block(self, words: tuple[str, ...], where: str) -> BlockSpec:
+        resolved = [self._resolve(word, where) for word in words]
+        shares = {share for _, share in resolved if share is not None}
+        if shares and len(words) > 1:
+            raise ValueError(f"{where}: {'>'.join(words)!r} is a branch of several layers; 'share' is for blocks of one layer")
+        return BlockSpec(tuple(spec for spec, _ in resolved), shares.pop() if shares else None, where)
+
+    def _resolve(self, word: str, where: str) -> tuple[LayerSpec, str | None]:
+        """The layer behind a word, its arguments merged from the base on, and its share id."""
+        chain = list(self._chain(word, where))
+        arguments: dict[str, Any] = {}
+        for name in reversed(chain):
+            arguments.update({key: value for key, value in self.layers.get(name, {}).items() if key not in RESERVED})
+        return LayerSpec(chain[-1], arguments), _share_id(self.layers.get(word, {}), where)
+
+    def _chain(self, word: str, where: str) -> Iterator[str]:
+        seen: list[str] = []
+        while True:
+            if word in seen:
+                raise ValueError(f"{where}: {' -> '.join([*seen, word])} is a circle of names; end it in a registered layer")
+            seen.append(word)
+            yield word
+            base = self.layers.get(word, {}).get("layer")
+            if base is None:
+                break
+            if not isinstance(base, str):
+                raise ValueError(f"layers.{word}: 'layer' is {base!r}; expected a layer's name")
+            word = base
+        known = {*layer_names(), *self.layers} - {word}
+        if word not in layer_names():
+            raise ValueError(
+                f"{where}: unknown layer {word!r}.{nearest(word, known)} Known: {', '.join(sorted(known))}. "
+                "Register your own with seqmodels.register_mixer first."
+            )
+
+
+class ModelConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A language model: embedding, stack, head.
+
+    Attributes:
+        vocab_size: number of token ids.
+        tie_head: the head is the embedding matrix.
+        objective: "next_token", or "prefix": next-token prediction after a prefix that prefix layers
+            read in both directions. Only "prefix" admits prefix layers.
+    """
+
+    vocab_size: int
+    tie_head: bool = True
+    objective: Literal["next_token", "prefix"] = "next_token"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("vocab_size", self.vocab_size)
+
+
+class ClassifierConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sequence classifier: input map, stack, pooling, head.
+
+    Attributes:
+        num_classes: outputs.
+        vocab_size: token ids come in (bytes: 256); exactly one of this and ``input_size``.
+        input_size: real vectors of this width come in, through a linear map.
+        pooling: "mean", "last" or "first" token of each document.
+        sequences: 2 encodes a pair with the shared stack and classifies [a, b, a - b, a * b]
+            through Linear(4 d_model, d_model), GELU, Linear (LRA's retrieval).
+    """
+
+    num_classes: int
+    vocab_size: int | None = None
+    input_size: int | None = None
+    pooling: Literal["mean", "last", "first"] = "mean"
+    sequences: Literal[1, 2] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("num_classes", self.num_classes)
+        if (self.vocab_size is None) == (self.input_size is None):
+            raise ValueError("give exactly one of 'vocab_size' (token ids) and 'input_size' (real-valued inputs)")
+        _check_size(*(("vocab_size", self.vocab_size) if self.vocab_size is not None else ("input_size", self.input_size)))
+
+
+C = TypeVar("C", bound=StackConfig)
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = (), kind: type[C] = ModelConfig) -> C:  # type: ignore[assignment]
+    """Reads a model's YAML file and checks it down to its layers' arguments."""
+    config = load(path, kind, overrides)
+    config.check_layers()
+    return config
+
+
+def _share_id(entry: dict[str, Any], where: str) -> str | None:
+    share = entry.get("share")
+    if share is not None and not (isinstance(share, str) and share):
+        raise ValueError(f"{where}: 'share' is {share!r}; expected a non-empty id (a string)")
+    return share
+
+
+def _check_size(name: str, value: int | None) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a positive integer")
+
+
+def _check_number(name: str, value: float, above: float) -> None:
+    if not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name} is {value!r}; expected a number above {above:g}")
+
+
+__all__ = [
+    "BlockSpec",
+    "ClassifierConfig",
+    "Initialization",
+    "LayerSpec",
+    "ModelConfig",
+    "StackConfig",
+    "layer_class",
+    "load_config",
+]
