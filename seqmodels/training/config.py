@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, apply_overrides, convert, load_yaml
+from seqmodels.models.config import ModelConfig
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -73,7 +74,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep: Positive = 2
 
 
-class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A run.
 
     Attributes:
@@ -90,7 +91,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         validation_rows: held-out rows in each validation.
     """
 
-    model: dict[str, Any]
+    model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -129,6 +130,7 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
     if "model" not in data:
         raise ConfigError("the configuration has no key 'model'; give a mapping or the path of a model's YAML file")
     config = convert(data, TrainConfig)
+    config.model.check_layers()
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; "

@@ -1,0 +1,98 @@
+"""One process, or several under torchrun: who this one is, and what they do together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among ``world_size`` ones."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Average over processes."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """Every process raises when one has an ``error``, so that none waits for it for ever."""
+        if self.world_size > 1:
+            messages: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(messages, None if error is None else str(error))
+            if error is None:
+                failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
+                if failed:
+                    raise RuntimeError("; ".join(failed))
+        if error is not None:
+            raise error
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto") -> Iterator[Processes]:
+    """Joins torchrun's process group when there is one (gloo on the CPU, NCCL on CUDA) and leaves it at the end."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    target = torch.device(kind)
+    if target.type == "cuda" and target.index is None:
+        target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    owned = world_size > 1 and not dist.is_initialized()
+    if owned:
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, target)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def parallelize(objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes) -> nn.Module:
+    """The objective with gradients averaged over processes; parameters sharded block by block for ``fsdp``."""
+    if here.world_size == 1:
+        return objective
+    if kind == "fsdp":
+        mesh = dist.init_device_mesh(here.device.type, (here.world_size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(objective, mesh=mesh)
+    return DistributedDataParallel(objective, device_ids=[here.device] if here.device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def gradient_exchange(objective: nn.Module, last: bool) -> Iterator[None]:
+    """Lets only the ``last`` micro-batch of a step exchange gradients."""
+    if isinstance(objective, FSDPModule):
+        objective.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(objective, DistributedDataParallel) and not last:
+        with objective.no_sync():
+            yield
+    else:
+        yield

@@ -1,0 +1,321 @@
+"""The training loop: one process, or one of several under torchrun.
+
+A step is: ``accumulation`` micro-batches forward and backward, gradients averaged over
+processes, clip, a look at whether everything is finite, AdamW. Everything that decides a weight
+is in the configuration, the corpus and the checkpoint, so a run that was killed and goes on ends
+with the weights of one that was not (bit for bit on the same machine and number of threads).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from seqmodels.configuration import ConfigError, dump_yaml
+from seqmodels.layout import Layout
+from seqmodels.models import LanguageModel
+from seqmodels.tasks.text import PackedText, TextBatch
+from seqmodels.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    generator_states,
+    load_checkpoint,
+    restore_generators,
+    save_checkpoint,
+)
+from seqmodels.training.config import TrainConfig
+from seqmodels.training.data import TextData, load_text
+from seqmodels.training.display import Display
+from seqmodels.training.distributed import Processes, gradient_exchange, parallelize, processes
+from seqmodels.training.divergence import (
+    TrainingDiverged,
+    first_non_finite_module,
+    non_finite_gradients,
+    save_divergence,
+)
+from seqmodels.training.optimizer import (
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from seqmodels.training.plot import plot_losses
+from seqmodels.training.run_folder import RunFolder
+from seqmodels.training.schedule import learning_rate_factor
+
+
+class TrainingResult(NamedTuple):
+    """A finished run: its folder, the model with its last weights, and the data it was trained on."""
+
+    run: RunFolder
+    model: LanguageModel
+    data: TextData
+
+
+class Objective(nn.Module):
+    """The model's loss as a module's ``forward``, which DDP, FSDP2 and compile wrap."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """What to differentiate, and the mean cross-entropy in nats for each token."""
+        output = self.model.loss(tokens, targets, layout=layout)
+        return output.loss, output.cross_entropy / output.num_targets
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool = False, console: Console | None = None) -> TrainingResult:
+    """Trains a language model as ``config`` says into the run folder ``folder``.
+
+    Args:
+        config: see :class:`~seqmodels.training.config.TrainConfig`.
+        folder: made when it is not there.
+        resume: go on from the newest complete checkpoint of ``folder`` (from the start when there is none).
+        console: where progress goes; silent when None.
+
+    Raises:
+        RunFolderError, CheckpointError, CorpusError, ConfigError: see those.
+        TrainingDiverged: the loss or a gradient is not finite.
+    """
+    with processes(config.device) as here:
+        trainer = Trainer(config, folder, here, resume=resume, console=console if here.is_main else None)
+        trainer.fit()
+        return TrainingResult(trainer.run, trainer.model, trainer.data)
+
+
+class Trainer:
+    """The pieces of a run and the loop over them."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, here: Processes, *, resume: bool, console: Console | None
+    ) -> None:
+        self.config = config
+        self.here = here
+        self.rows = _rows_per_micro_batch(config, here.world_size)
+        if config.model.objective != "next_token":
+            raise ConfigError(f"model.objective is {config.model.objective!r}; train takes 'next_token' models only")
+        self.data = load_text(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
+        self.run = self._open_run(folder, resume)
+
+        torch.manual_seed(config.seed)
+        self.model = LanguageModel(config.model).to(here.device)
+        objective = Objective(self.model)
+        if config.compile:
+            objective.compile()
+        self.objective = parallelize(objective, list(self.model.backbone.blocks), config.parallel, here)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        # Dropout differs from process to process; the weights above do not.
+        torch.manual_seed(config.seed * 1_000_003 + here.rank)
+
+        self.step = 0
+        self._loss_sum, self._loss_count = 0.0, 0  # since the last metric row
+        latest = self.run.latest() if resume else None
+        if latest is not None:
+            self._restore(latest)
+        if here.is_main:
+            self.run.rewind(self.step)
+        self.display = Display(console, config.steps, self.step)
+        if latest is not None:
+            self.display.message(f"going on from {latest}")
+
+    def fit(self) -> None:
+        """Runs the steps that are left, then draws the curves."""
+        config = self.config
+        try:
+            clock, counted = time.perf_counter(), self.step
+            while self.step < config.steps:
+                factor = learning_rate_factor(config.schedule, self.step, config.steps)
+                loss, gradient_norm = self._take_step(factor)
+                self._loss_sum += loss
+                self._loss_count += 1
+                self.display.step(self.step)
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    seconds = time.perf_counter() - clock
+                    self._log(factor, gradient_norm, (self.step - counted) / seconds)
+                    clock, counted = time.perf_counter(), self.step
+                aside = time.perf_counter()
+                if self.data.validation and (self.step % config.validate_every == 0 or self.step == config.steps):
+                    self._validate(self.data.validation)
+                if self.step % config.checkpoint.every == 0 or self.step == config.steps:
+                    self._save()
+                clock += time.perf_counter() - aside
+        finally:
+            self.display.close()
+        if self.here.is_main:
+            plot_losses(list(self.run.rows()), self.run.path / "loss.png")
+
+    def _take_step(self, factor: float) -> tuple[float, float]:
+        config = self.config
+        self.objective.train()
+        batches = [self._batch(index) for index in range(config.accumulation)]
+        mean = torch.zeros((), device=self.here.device)
+        for index, batch in enumerate(batches):
+            with gradient_exchange(self.objective, last=index == config.accumulation - 1):
+                loss, cross_entropy = self._forward(batch, self.data.train)
+                (loss / config.accumulation).backward()
+            mean += cross_entropy.detach() / config.accumulation
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if config.optimizer.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
+        loss_value, norm_value = torch.stack([self.here.mean(mean), norm.to(mean)]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._stop(batches, loss_value, norm_value)
+        set_learning_rate(self.optimizer, factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss_value, norm_value
+
+    def _batch(self, index: int) -> TextBatch:
+        """Micro-batch ``index`` of the current step on this process."""
+        place = index * self.here.world_size + self.here.rank
+        return self.data.train.batch(self.step * self.config.batch_size + place * self.rows, self.rows)
+
+    def _forward(self, batch: TextBatch, data: PackedText) -> tuple[Tensor, Tensor]:
+        device = self.here.device
+        # One capacity for all batches, so that a compiled objective is compiled once.
+        capacity = data.document_capacity(self.rows) if self.config.compile else None
+        layout = batch.layout(capacity).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.objective(batch.tokens.to(device), batch.targets.to(device), layout)
+
+    def _log(self, factor: float, gradient_norm: float, steps_per_second: float) -> None:
+        loss = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        tokens_per_step = self.config.batch_size * self.config.data.sequence_length
+        self._write(
+            loss=loss,
+            bits_per_byte=loss / math.log(2) / self.data.train.bytes_per_token,
+            learning_rate=self.config.optimizer.learning_rate * factor,
+            gradient_norm=gradient_norm,
+            tokens=self.step * tokens_per_step,
+            tokens_per_second=steps_per_second * tokens_per_step,
+        )
+
+    @torch.no_grad()
+    def _validate(self, data: PackedText) -> None:
+        """Mean loss over a fixed sample of held-out rows, the same at every validation."""
+        self.objective.eval()
+        rows = max(1, min(self.config.validation_rows, data.rows_per_epoch) // self.here.world_size)
+        total = torch.zeros((), device=self.here.device)
+        for begin in range(0, rows, self.rows):
+            count = min(self.rows, rows - begin)
+            _, cross_entropy = self._forward(data.batch(self.here.rank * rows + begin, count), data)
+            total += cross_entropy * count
+        loss = self.here.mean(total / rows).item()
+        self._write(validation_loss=loss, validation_bits_per_byte=loss / math.log(2) / data.bytes_per_token)
+
+    def _write(self, **values: Any) -> None:
+        row = {"step": self.step, **values, "time": time.time()}
+        if self.here.is_main:
+            self.run.append(row)
+            self.display.row(row)
+
+    def _save(self) -> None:
+        checkpoint = Checkpoint(
+            model=self._weights(),
+            optimizer=optimizer_tensors(self.model, self.optimizer),
+            rng=generator_states(self.here.device),
+            trainer={
+                "step": self.step,
+                "rows": self.step * self.config.batch_size,
+                "corpus": self.data.digest,
+                "world_size": self.here.world_size,
+                "loss_sum": self._loss_sum,
+                "loss_count": self._loss_count,
+            },
+        )
+        save_checkpoint(
+            self.run.checkpoints, self.step, checkpoint, dump_yaml(self.config), self.here, keep=self.config.checkpoint.keep
+        )
+
+    def _restore(self, path: Path) -> None:
+        checkpoint = load_checkpoint(path, self._weights(), self.here)
+        if checkpoint.trainer["corpus"] != self.data.digest:
+            raise CheckpointError(
+                f"{path} was trained on another text: the files of {self.config.data.source!r} or the tokenizer have "
+                "changed since, so its data position means nothing. Start a new run, or restore the files"
+            )
+        self.model.load_state_dict(checkpoint.model)
+        try:
+            load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
+        except KeyError as error:
+            raise CheckpointError(f"{path / 'optimizer.safetensors'} has no entry {error}; it belongs to another model") from error
+        restore_generators(checkpoint.rng, self.here.device)
+        self.step = checkpoint.trainer["step"]
+        self._loss_sum, self._loss_count = checkpoint.trainer["loss_sum"], checkpoint.trainer["loss_count"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The state dict without the second name of a shared tensor."""
+        seen: set[int] = set()
+        weights = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                weights[name] = tensor.detach()
+        return weights
+
+    def _open_run(self, folder: Path, resume: bool) -> RunFolder:
+        error: BaseException | None = None
+        run = RunFolder(folder)
+        if self.here.is_main:
+            try:
+                run = (RunFolder.resume if resume else RunFolder.create)(folder, self.config)
+            except Exception as caught:
+                error = caught
+        self.here.raise_together(error)
+        return run
+
+    def _stop(self, batches: list[TextBatch], loss: float, norm: float) -> None:
+        """Saves the batch and the weights before this step, and raises :class:`TrainingDiverged`."""
+        gradients = non_finite_gradients(self.model)
+        where = first_non_finite_module(self.objective, self._replay(batches))
+        folder = self.run.path / f"diverged_step_{self.step:08d}"
+        batch = TextBatch(
+            torch.cat([batch.tokens for batch in batches]),
+            torch.cat([batch.targets for batch in batches]),
+            [row for batch in batches for row in batch.lengths],
+        )
+        report = {
+            "step": self.step,
+            "loss": str(loss),
+            "gradient_norm": str(norm),
+            "first_non_finite_output": where,
+            "non_finite_gradients": gradients,
+        }
+        weights = {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in self._weights().items()
+        }
+        save_divergence(folder, batch, weights if self.here.is_main else None, self.here.rank, report)
+        place = where or (f"the gradient of {gradients[0]}" if gradients else "another process's batch")
+        raise TrainingDiverged(
+            f"step {self.step}: loss {loss}, gradient norm {norm}; first not finite: {place}. Weights are unchanged. "
+            f"The batch, the weights and a report are in {folder}. Lower optimizer.learning_rate, lengthen "
+            "schedule.warmup_steps, or go on from an earlier checkpoint",
+            folder,
+        )
+
+    def _replay(self, batches: list[TextBatch]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield self._forward(batch, self.data.train)[0]
+
+
+def _rows_per_micro_batch(config: TrainConfig, world_size: int) -> int:
+    parts = world_size * config.accumulation
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by {world_size} processes x accumulation="
+            f"{config.accumulation}; the nearest that is: {max(1, round(config.batch_size / parts)) * parts}"
+        )
+    return config.batch_size // parts
