@@ -98,12 +98,12 @@ def _inside(
     if total_TQH is None:
         # One matrix for all heads of the group: fold them into the width.
         masked = (scores.view(T, G, Q, R, Q, R) * visible[:, None, :, None]).view(T, G, Q * R, Q * R)
-        values = weighted_TQRHP.view(T, Q * R, G, h * P).transpose(1, 2)
+        values = weighted_TQRHP.reshape(T, Q * R, G, h * P).transpose(1, 2)
         y = (masked @ values).transpose(1, 2).reshape(T, Q, R, H, P)
     else:
         decay = _decay_between(total_TQH, scores.dtype).masked_fill_(~visible, -math.inf).exp_()
         weights = scores.view(T, G, 1, Q, R, Q, R) * decay.view(T, G, h, Q, 1, Q, 1)
-        values = weighted_TQRHP.view(T, Q * R, H, P).transpose(1, 2)
+        values = weighted_TQRHP.reshape(T, Q * R, H, P).transpose(1, 2)
         y = (weights.view(T, H, Q * R, Q * R) @ values).transpose(1, 2).reshape(T, Q, R, H, P)
     if own_inside:
         return y
