@@ -122,7 +122,8 @@ def mamba3(
     head_dim = x.shape[-1]
     if layout is not None and layout.document.shape != (batch_size, length):
         raise ValueError(
-            f"mamba3: layout is for a grid of {tuple(layout.document.shape)}; x is {(batch_size, length)} (batch, length)"
+            f"mamba3: layout is for a grid of {tuple(layout.document.shape)}; "
+            f"x is {(batch_size, length)} (batch, length)"
         )
     given = [mix is not None for mix in (mimo_x, mimo_z, mimo_o)]
     if any(given) and not all(given):
@@ -181,7 +182,7 @@ def state_shapes(
     }
 
 
-def check_groups(owner: str, groups: int, heads: int) -> None:
+def _check_groups(owner: str, groups: int, heads: int) -> None:
     if groups < 1 or heads % groups:
         raise ValueError(f"{owner}: {groups} groups do not divide the {heads} heads; choose a divisor of {heads}")
 
@@ -199,16 +200,17 @@ def _check_inputs(x: Tensor, b: Tensor, c: Tensor, z: Tensor, rate: Tensor, pair
             raise ValueError(f"mamba3: {name} has shape {tuple(tensor.shape)}; expected {axes}")
     if x.dtype not in FLOATS or not x.dtype == b.dtype == c.dtype == z.dtype:
         raise TypeError(
-            f"mamba3: x, b, c, z are {x.dtype}, {b.dtype}, {c.dtype}, {z.dtype}; expected one floating-point dtype for all"
+            f"mamba3: x, b, c, z are {x.dtype}, {b.dtype}, {c.dtype}, {z.dtype}; "
+            "expected one floating-point dtype for all"
         )
     if z.shape != x.shape or b.shape != c.shape or b.shape[:2] != x.shape[:2]:
         raise ValueError(
-            f"mamba3: x {tuple(x.shape)}, z {tuple(z.shape)}, b {tuple(b.shape)}, c {tuple(c.shape)} do not fit together; "
-            "expected equal x and z, equal b and c, and one batch and length"
+            f"mamba3: x {tuple(x.shape)}, z {tuple(z.shape)}, b {tuple(b.shape)}, c {tuple(c.shape)} do not fit "
+            "together; expected equal x and z, equal b and c, and one batch and length"
         )
     if x.shape[1] < 1:
         raise ValueError(f"mamba3: x has length 0 (shape {tuple(x.shape)}); expected at least one token")
-    check_groups("mamba3", b.shape[3], x.shape[2])
+    _check_groups("mamba3", b.shape[3], x.shape[2])
     if rate.shape[-1] > b.shape[-1] // 2:
         raise ValueError(
             f"mamba3: {rate.shape[-1]} angles for d_state={b.shape[-1]}; an angle turns a pair of lanes, "

@@ -135,7 +135,8 @@ def forward(
     look_ahead = F.pad(look_back[:, 1:], (0, 0, 0, 1)).masked_fill(table.last[..., None], 0)
     carried = None
     if initial_ssm is not None:
-        assert initial_k is not None and initial_v is not None
+        assert initial_k is not None
+        assert initial_v is not None
         weight = look_back.flatten(0, 1)[first] * used[:, None]
         before = initial_v[:, None] if mimo_x is None else _columns(mimo_x, initial_v)
         carried = initial_ssm.transpose(-1, -2) + torch.einsum("dh,drhn,drhp->dhnp", weight, initial_k, before)

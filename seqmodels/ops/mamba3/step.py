@@ -1,0 +1,89 @@
+"""One decode step of Mamba-3, from the projected token to the gated output: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqmodels.ops.mamba3.op import Mamba3State
+from seqmodels.ops.mamba3.projection import Projection
+from seqmodels.ops.registration import Operator, state_dtype
+
+_PACKAGE = "seqmodels.ops.mamba3"
+
+
+@torch.no_grad()
+def mamba3_step(
+    projected: Tensor,
+    state: Mamba3State,
+    projection: Projection,
+    *,
+    dt_bias: Tensor,
+    b_weight: Tensor,
+    c_weight: Tensor,
+    b_bias: Tensor,
+    c_bias: Tensor,
+    skip: Tensor,
+    mimo_x: Tensor | None = None,
+    mimo_z: Tensor | None = None,
+    mimo_o: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    pairing: str = "adjacent",
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """One token of :func:`seqmodels.ops.mamba3.mamba3`; updates ``state`` in place, no gradient.
+
+    Args:
+        projected: (batch, sum of ``projection.widths``), the input projection of the token.
+        state: of :func:`mamba3` or an earlier step; contiguous, float32 (float64 beside float64).
+        projection: how ``projected`` is laid out and activated.
+        dt_bias: (heads). The others as in :func:`mamba3`.
+
+    Returns:
+        (batch, heads * head_dim) of projected's dtype, ready for the output projection.
+
+    Raises:
+        ValueError: a projected token or state of another size, or a state that is not contiguous.
+    """
+    width = sum(projection.widths)
+    if projected.dim() != 2 or projected.shape[-1] != width:
+        raise ValueError(f"mamba3_step: projected has shape {tuple(projected.shape)}; expected (batch, {width})")
+    wide = state_dtype(projected.dtype)
+    fields = [state.angle, state.ssm, state.k, state.v]
+    for name, tensor in zip(("angle", "ssm", "k", "v"), fields, strict=True):
+        if tensor.dtype != wide or tensor.shape[0] != projected.shape[0] or not tensor.is_contiguous():
+            contiguous = "" if tensor.is_contiguous() else ", not contiguous"
+            raise ValueError(
+                f"mamba3_step: state field {name!r} is {tuple(tensor.shape)} {tensor.dtype}{contiguous}; expected "
+                f"{projected.shape[0]} contiguous rows of {wide}"
+            )
+    parameters = (dt_bias, b_weight, c_weight, b_bias, c_bias, skip, mimo_x, mimo_z, mimo_o, norm_weight)
+    return _operator(
+        projected,
+        *(None if parameter is None else parameter.to(wide) for parameter in parameters),
+        *fields,
+        projection.num_groups,
+        pairing,
+        projection.a_activation,
+        projection.a_floor,
+        projection.rotation,
+        projection.trapezoid,
+        epsilon,
+    )
+
+
+def _fake(projected: Tensor, *rest: Tensor) -> Tensor:
+    v = rest[13]
+    return projected.new_empty(v.shape[0], v.shape[1] * v.shape[2])
+
+
+_operator = Operator(
+    "mamba3_step",
+    "Tensor projected, Tensor dt_bias, Tensor b_weight, Tensor c_weight, Tensor b_bias, Tensor c_bias, Tensor skip, "
+    "Tensor? mimo_x, Tensor? mimo_z, Tensor? mimo_o, Tensor? norm_weight, "
+    "Tensor(a!) angle, Tensor(b!) ssm, Tensor(c!) k, Tensor(d!) v, int num_groups, str pairing, "
+    "str a_activation, float a_floor, str rotation, bool trapezoid, float epsilon",
+    outputs=1,
+    fake=_fake,
+    modules={"reference": f"{_PACKAGE}.step_reference", "torch": f"{_PACKAGE}.step_torch"},
+)
