@@ -21,7 +21,7 @@ CHANNELS = Registry(
 register_channel = CHANNELS.register
 
 _CLASSES = {path.partition(":")[2]: name for name, path in CHANNELS._paths.items()}
-__all__ = ["CHANNELS", "TokenwiseChannel", "register_channel", *_CLASSES]  # noqa: PLE0604
+__all__ = ["CHANNELS", "TokenwiseChannel", "register_channel", *_CLASSES]
 
 
 def __getattr__(name: str) -> Any:

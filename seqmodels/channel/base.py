@@ -28,7 +28,9 @@ class TokenwiseChannel(Mixer):
     ) -> MixerOutput:
         self.check_input(x, state, layout)
         if state is not None and not isinstance(state, EmptyState):
-            raise TypeError(f"{type(self).__name__} has no state; got {type(state).__name__}, expected EmptyState or None")
+            raise TypeError(
+                f"{type(self).__name__} has no state; got {type(state).__name__}, expected EmptyState or None"
+            )
         return MixerOutput(self.transform(x), EmptyState() if return_state else None)
 
     @torch.no_grad()

@@ -1,0 +1,192 @@
+"""Softmax attention: grouped-query heads, rotary positions, an optional sliding window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer, MixerOutput, check_divides, check_positive
+from seqmodels.ops.attention import append_to_cache, attention, attention_step, empty_cache
+from seqmodels.ops.rotary import rotary, rotary_tables, token_positions
+from seqmodels.state import State
+
+
+class AttentionState(State):
+    """The key-value cache of :class:`Attention`; slot p mod capacity holds position p, empty slots are zero."""
+
+    key: Tensor  # (batch, num_kv_heads, capacity, head_dim), rotated
+    value: Tensor  # (batch, num_kv_heads, capacity, head_dim)
+    position: Tensor  # (batch,) int64, tokens seen by each row
+
+
+class Attention(Mixer):
+    r"""Causal softmax attention.
+
+    .. code-block:: text
+
+        q, k, v = split(W_in x);   q, k rotated by their position in the document
+        y_i = W_out sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j   over i - window < j <= i
+
+    Query head h reads key head h * num_kv_heads // num_heads. Positions count from a document's
+    first token, so that padding and neighbours change nothing.
+
+    The state holds keys (rotated) and values in the model's dtype: 2 num_kv_heads head_dim
+    elements a token, for at most ``window`` tokens, and one int64 position a row. With a window it
+    is a ring that never grows. Without one it holds ``max_length`` tokens, and one more is an error.
+
+    Args:
+        d_model: width of x and y.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, which divide ``num_heads``; as many when omitted.
+        head_dim: width of a head; d_model / num_heads when omitted.
+        window: visible keys, the token itself included; None: all. What papers call "a keys
+            back" (flash-attn's (a, 0)) is ``a + 1`` here.
+        rotary_fraction: part of each head's width that is rotated, its first entries, paired
+            half-split (entry i with i + n / 2 of n rotated ones); 0 for no positions (NoPE).
+        rotary_base: wavelengths go up to 2 pi times this.
+        qk_norm: RMSNorm over head_dim of q and k before the rotation.
+        bias: biases of both projections.
+
+    Raises:
+        ValueError: sizes below 1, heads that do not divide, a window below 1, a fraction outside
+            [0, 1] or one that rotates an odd number of entries.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rotary_fraction: float = 1.0,
+        rotary_base: float = 1e4,
+        qk_norm: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model)
+        name = type(self).__name__
+        check_positive(name, num_heads=num_heads)
+        if head_dim is None:
+            check_divides(name, "num_heads", num_heads, "d_model", d_model)
+            head_dim = d_model // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        check_positive(name, head_dim=head_dim)
+        if window is not None:
+            check_positive(name, window=window)
+        if not 0 <= rotary_fraction <= 1:
+            raise ValueError(f"{name}: rotary_fraction is {rotary_fraction!r}; expected 0 (no positions) to 1")
+        if not rotary_base > 0:
+            raise ValueError(f"{name}: rotary_base is {rotary_base!r}; expected a positive number")
+        rotary_dim = int(rotary_fraction * head_dim)
+        if rotary_dim % 2:
+            raise ValueError(
+                f"{name}: rotary_fraction={rotary_fraction} of head_dim={head_dim} rotates {rotary_dim} entries; "
+                "rotation takes pairs, so expected an even number"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.window = window
+        self.rotary_dim, self.rotary_base = rotary_dim, float(rotary_base)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **options)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6, **options) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6, **options) if qk_norm else None
+        self.out_proj = nn.Linear(num_heads * head_dim, d_model, bias=bias, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        layout: Layout | None = None,
+        return_state: bool = False,
+    ) -> MixerOutput:
+        self.check_input(x, state, layout)
+        rows = x.shape[0] if layout is None else layout.num_documents
+        cache: dict[str, Tensor] = {}
+        if state is not None:
+            self.check_state(state, rows, max_length=self._capacity_of(state))
+            cache = {"key_cache": state.key, "value_cache": state.value, "position": state.position}
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, k, token_positions(x, cache.get("position"), layout))
+        y = attention(q, k, v, window=self.window, layout=layout, **cache)
+        after = None
+        if return_state:
+            if state is None:
+                state = self.init_state(rows, max_length=x.shape[1] if self.window is None else None, device=x.device)
+            after = AttentionState(*append_to_cache(state.key, state.value, state.position, k, v, layout=layout))
+        return MixerOutput(self.out_proj(y.flatten(-2)), after)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: AttentionState) -> Tensor:
+        q, k, v = self.project(x_t)
+        q, k = self.rotate(q, k, state.position)
+        y = attention_step(q, k, v, state.key, state.value, state.position, window=self.window)
+        state.position.add_(1)
+        return self.out_proj(y.flatten(-2))
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """An empty cache of ``max_length`` slots, at most ``window``.
+
+        Raises:
+            ValueError: without a window ``max_length`` is needed, since the cache never grows.
+        """
+        if max_length is None and self.window is None:
+            raise ValueError(
+                f"{type(self).__name__} without a window keeps every token, and its state never grows: "
+                "give init_state(batch_size, max_length=...) the longest context, or the layer a window"
+            )
+        check_positive(type(self).__name__, batch_size=batch_size)
+        capacity = min(size for size in (max_length, self.window) if size is not None)
+        weight = self.out_proj.weight
+        device = weight.device if device is None else device
+        options: dict[str, Any] = {"device": device, "dtype": weight.dtype if dtype is None else dtype}
+        return AttentionState(
+            empty_cache(batch_size, self.num_kv_heads, capacity, self.head_dim, **options),
+            empty_cache(batch_size, self.num_kv_heads, capacity, self.head_dim, **options),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def flops(self, length: int) -> int:
+        window = length if self.window is None else min(self.window, length)
+        pairs = window * (window + 1) // 2 + (length - window) * window
+        return super().flops(length) + 4 * self.num_heads * self.head_dim * pairs
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (..., num_heads, head_dim), k and v (..., num_kv_heads, head_dim), not rotated."""
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def rotate(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k turned to their absolute positions, (batch, length), (length,) or (batch,)."""
+        if self.rotary_dim == 0:
+            return q, k
+        cos, sin = rotary_tables(position, self.rotary_dim, base=self.rotary_base, dtype=q.dtype)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    def _capacity_of(self, state: Any) -> int:
+        """The capacity that a given state claims; 1 for what is no such state, which the check refuses."""
+        return state.key.shape[2] if isinstance(state, AttentionState) and state.key.dim() == 4 else 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.d_model}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"window={self.window}, rotary_dim={self.rotary_dim}"
+        )

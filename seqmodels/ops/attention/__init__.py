@@ -1,0 +1,6 @@
+"""Causal softmax attention: whole sequences, documents, windows, carried caches and decode steps."""
+
+from seqmodels.ops.attention.cache import append_to_cache, empty_cache
+from seqmodels.ops.attention.op import attention, attention_step
+
+__all__ = ["append_to_cache", "attention", "attention_step", "empty_cache"]

@@ -1,0 +1,237 @@
+"""The public functions of softmax attention: equation, checks, casts and dispatch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqmodels import backends
+from seqmodels.layout import Layout
+from seqmodels.ops.registration import Operator, cast_inputs, state_dtype
+
+_PACKAGE = "seqmodels.ops.attention"
+_HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    key_cache: Tensor | None = None,
+    value_cache: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    r"""Causal softmax attention over a document and what its cache holds of the tokens before it.
+
+    For the query at absolute position i of its document (``position`` of that document's first
+    token here, plus the index), with j over the same document's positions:
+
+    .. code-block:: text
+
+        y_i = sum_j p_ij v_j,   p_i = softmax_j(scale * q_i . k_j) over max(0, i - window + 1) <= j <= i
+
+    so ``window`` is the number of visible keys, the token itself included; None: all. Query head
+    h of H reads key head h * G // H. flash-attn's window (a, 0) is ``window = a + 1`` here.
+
+    Memory is linear in the length on every path but ``reference``. On the CPU documents and windows
+    go by blocks through PyTorch's CPU flash attention, which is also what backend "cpu" means here.
+    On a GPU: PyTorch's attention for the dense case, flash-attn (backend "cuda") where it is
+    installed, else FlexAttention (backend "triton").
+
+    Args:
+        q: (batch, length, H, head_dim). k, v: (batch, length, G, head_dim); G divides H.
+        window: visible keys, at least 1.
+        scale: 1 / sqrt(head_dim) when omitted.
+        layout: documents; None: one a row. Outputs at padding are zero.
+        key_cache, value_cache: (documents, G, capacity, head_dim), keys as they enter the product
+            (rotated); slot p mod capacity holds position p. A windowed cache has at most
+            ``window`` slots.
+        position: (documents,) int64, tokens seen before. Given together with the caches.
+
+    Returns:
+        y (batch, length, H, head_dim). Gradients flow to q, k, v and both caches.
+
+    Raises:
+        ValueError: shapes that do not fit, or more tokens than a cache that cannot wrap has
+            slots. On a GPU, where positions are known to the device only, that is a device assertion.
+        BackendUnavailable: a backend asked for by name that cannot take these tensors.
+    """
+    scale = _check("attention", q, k, v, 4, window, scale)
+    _check_cache("attention", k, layout, window, key_cache, value_cache, position)
+    q, k, v = cast_inputs(q, k, v)
+    backend = backends.requested_backend()
+    if window is None and layout is None and key_cache is None and backend not in ("reference", "triton"):
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return y.transpose(1, 2)
+    if q.device.type == "cuda" and backend in ("auto", "cuda", "triton"):
+        return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, backend)
+    if backend in ("cuda", "triton"):
+        raise backends.BackendUnavailable(
+            f"attention: backend {backend!r} was asked for, but q is on {q.device.type!r}"
+        )
+    starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
+    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale)
+    return _operator.overload(*arguments, "torch" if backend == "cpu" else backend)[0]
+
+
+@torch.no_grad()
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    position: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of :func:`attention`: writes k and v into slot ``position`` mod capacity, then attends.
+
+    Both caches change in place; ``position`` does not (advance it once all layers that share it
+    have run). No gradient; on a GPU nothing is read on the host.
+
+    Args:
+        q: (batch, H, head_dim). k, v: (batch, G, head_dim).
+        key_cache, value_cache: (batch, G, capacity, head_dim), contiguous.
+        position: (batch,) int64, tokens each row has seen before this one.
+        window, scale: as in :func:`attention`.
+
+    Returns:
+        y (batch, H, head_dim).
+
+    Raises:
+        ValueError: shapes that do not fit, or (on the CPU) a full cache; on a GPU that is a device assertion.
+    """
+    scale = _check("attention_step", q, k, v, 3, window, scale)
+    _check_cache("attention_step", k, None, window, key_cache, value_cache, position)
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise ValueError("attention_step: a cache is not contiguous and cannot be updated in place; clone the state")
+    # In the cache's dtype, under autocast too: casting one token is cheaper than casting a cache.
+    tokens = (tensor.to(key_cache.dtype) for tensor in (q, k, v))
+    return _step_operator(*tokens, key_cache, value_cache, position, window, scale).to(q.dtype)
+
+
+def _on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
+    position: Tensor | None,
+    layout: Layout | None,
+    window: int | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    from seqmodels.ops.attention import flash
+
+    refusal = flash.refusal(q, key_cache) if _HAS_FLASH else "flash-attn is not installed; pip install flash-attn"
+    if refusal is None and backend != "triton":
+        return flash.forward(q, k, v, layout, window, scale)
+    if backend == "cuda":
+        raise backends.BackendUnavailable(f"attention: backend 'cuda' was asked for, but {refusal}")
+    if not _HAS_TRITON:
+        raise backends.BackendUnavailable(
+            "attention: documents, windows and caches on a GPU need Triton (pip install 'triton>=3.6'); "
+            f"flash-attn was not taken: {refusal}"
+        )
+    from seqmodels.ops.attention import flex
+
+    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale)
+
+
+def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, dims: int, window: int | None, scale: float | None) -> float:
+    shape = "(batch, length, heads, head_dim)" if dims == 4 else "(batch, heads, head_dim)"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{owner}: {name} has shape {tuple(tensor.shape)}; expected {shape}")
+    if k.shape != v.shape or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{owner}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together; "
+            f"expected {shape} that differ in q's heads only"
+        )
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{owner}: {q.shape[-2]} query heads are not a multiple of {k.shape[-2]} key heads")
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise TypeError(f"{owner}: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one floating-point dtype")
+    if window is not None and window < 1:
+        raise ValueError(f"{owner}: window is {window}; expected at least 1 (the token itself), or None for all")
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def _check_cache(
+    owner: str,
+    k: Tensor,
+    layout: Layout | None,
+    window: int | None,
+    key_cache: Tensor | None,
+    value_cache: Tensor | None,
+    position: Tensor | None,
+) -> None:
+    if key_cache is None and value_cache is None and position is None:
+        return
+    if key_cache is None or value_cache is None or position is None:
+        raise ValueError(f"{owner}: key_cache, value_cache and position go together; got only some of them")
+    documents = k.shape[0] if layout is None else layout.num_documents
+    capacity = key_cache.shape[2] if key_cache.dim() == 4 else 0
+    expected = (documents, k.shape[-2], capacity, k.shape[-1])
+    if capacity < 1 or key_cache.shape != expected or value_cache.shape != expected:
+        raise ValueError(
+            f"{owner}: caches have shapes {tuple(key_cache.shape)} and {tuple(value_cache.shape)}; expected "
+            f"({documents}, {k.shape[-2]}, capacity, {k.shape[-1]}) (documents, key heads, capacity, head_dim)"
+        )
+    if position.shape != (documents,) or position.dtype != torch.int64:
+        raise ValueError(
+            f"{owner}: position is {tuple(position.shape)} {position.dtype}; expected ({documents},) torch.int64"
+        )
+    if window is not None and capacity > window:
+        raise ValueError(
+            f"{owner}: the cache has {capacity} slots for a window of {window}; a ring has at most {window}"
+        )
+    if layout is None and k.dim() == 4 and (window is None or capacity < window) and k.shape[1] > capacity:
+        raise ValueError(
+            f"{owner}: {k.shape[1]} tokens do not fit a cache of {capacity}; make the state with a larger max_length"
+        )
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+_operator = Operator(
+    "attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? key_cache, Tensor? value_cache, Tensor? position, "
+    "Tensor? starts, Tensor? lengths, int? window, float scale",
+    outputs=2,
+    residuals=1,
+    keep_outputs=True,
+    fake=_fake,
+    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch"},
+    differentiable=(0, 1, 2, 3, 4),
+)
+_step_operator = Operator(
+    "attention_step",
+    "Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor position, "
+    "int? window, float scale",
+    outputs=1,
+    fake=lambda q, *_: q.new_empty(q.shape),
+    modules={"reference": f"{_PACKAGE}.reference_step", "torch": f"{_PACKAGE}.torch_step"},
+)
