@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -28,9 +29,13 @@ inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtyp
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-template <class T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+// Element i of float32 or bfloat16 memory.
+inline float read_float(const void* data, int64_t i, bool bfloat16) {
+  if (!bfloat16) return static_cast<const float*>(data)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 }  // namespace seqmodels
