@@ -12,6 +12,8 @@ MIXERS = Registry(
         "attention": "seqmodels.mixers.attention:Attention",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "gated_conv": "seqmodels.mixers.gated_conv:GatedConv",
+        "mamba2": "seqmodels.mixers.mamba2:Mamba2",
+        "mamba3": "seqmodels.mixers.mamba3:Mamba3",
     },
 )
 register_mixer = MIXERS.register
