@@ -65,10 +65,8 @@ def missing(name: str) -> str | None:
         from seqmodels.ops import extension
 
         return extension.missing_cpu()
-    if name == "cuda":
-        from seqmodels.ops import extension
-
-        return extension.missing_cuda()
+    if name == "cuda":  # what else it needs (our kernels, a peer's package) differs: each op's supports() says
+        return None if torch.cuda.is_available() else "no GPU is visible to torch"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'triton>=3.6' (Linux; comes with a CUDA build of torch)"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -87,9 +85,16 @@ def preference(device_type: str) -> tuple[str, ...]:
     return ("torch", "reference")
 
 
+_warned: set[str] = set()
+
+
 @functools.cache
 def announce(op: str, device_type: str, taken: str, reasons: tuple[str, ...]) -> None:
-    """Logs once per op and device what ``auto`` took, and why not a faster one."""
+    """Logs once per op and device what ``auto`` took, and why not a faster one.
+
+    A warning the first time a reason comes up (one line for a missing extension, not one an op).
+    """
     because = f" ({'; '.join(reasons)})" if reasons else ""
-    level = logging.WARNING if reasons else logging.INFO
+    level = logging.INFO if _warned.issuperset(reasons) else logging.WARNING
+    _warned.update(reasons)
     logger.log(level, "%s on %s runs on backend %r%s", op, device_type, taken, because)

@@ -11,7 +11,8 @@ An implementation is a module with
 * ``backward(*grads, *args, *kept)``: ``kept`` are the residuals, or all outputs with
   ``keep_outputs``. Returns one tensor per differentiable argument
   (an empty one where the argument was None). A module without it is differentiated by autograd;
-* ``supports(*args) -> str | None`` (optional): why it cannot take these arguments.
+* ``supports(*args) -> str | None`` (optional): why it cannot take these arguments;
+* ``BY_NAME_ONLY = True`` (optional): ``auto`` passes over it (a gradient that is not deterministic).
 
 It is imported when it is first needed.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -101,6 +102,8 @@ class Operator:
             if candidate not in self.modules:
                 continue
             reason = self._refusal(candidate, device_type, args)
+            if reason is None and getattr(self.module(candidate), "BY_NAME_ONLY", False):
+                continue
             if reason is None:
                 backends.announce(self.name, device_type, candidate, tuple(reasons))
                 return self.module(candidate)
@@ -142,7 +145,7 @@ class Operator:
     ) -> tuple[Tensor, ...]:
         """Gradient of an implementation written in plain PyTorch, by recomputing it under autograd."""
         leaves = list(inputs)
-        with torch.enable_grad():
+        with torch.enable_grad(), _autograd_dispatch():
             for index in self.differentiable:
                 if leaves[index] is not None:
                     leaves[index] = leaves[index].detach().requires_grad_()
@@ -222,6 +225,17 @@ class Operator:
             return Gradient.apply(*args)
 
         _library.impl(name, autograd_kernel, "Autograd")
+
+
+@contextlib.contextmanager
+def _autograd_dispatch() -> Iterator[None]:
+    """Lets autograd record inside an op. A compiled graph without a backward of its own runs its
+    ops below the autograd keys, where recording would give no gradient and no error."""
+    key = torch._C.DispatchKey
+    with contextlib.ExitStack() as stack:
+        for entry in (key.AutogradFunctionality, key.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(entry, False))
+        yield
 
 
 def _without_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
