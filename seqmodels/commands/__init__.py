@@ -1,0 +1,1 @@
+"""The commands of ``seqmodels``, one module each, found by name: see :mod:`seqmodels.cli`."""

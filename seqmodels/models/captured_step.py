@@ -1,0 +1,52 @@
+"""``LanguageModel.step`` as one CUDA graph: a decode step is many small kernels, a replay one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.stack import ModelState
+
+
+class CapturedStep:
+    """A captured step for states of one shape.
+
+    It owns the buffers that the graph reads and writes: the tokens, the state and the logits.
+    :meth:`load` copies a prefilled state in; :meth:`__call__` copies tokens in and replays.
+    """
+
+    WARM_UP = 3  # runs before the capture, so that kernels are compiled and workspaces allocated
+
+    def __init__(self, model: LanguageModel, state: ModelState, batch_size: int) -> None:
+        self.state = state.clone()
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=model.embedding.weight.device)
+        stream = torch.cuda.Stream(self.tokens.device)
+        stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UP):
+                model.step(self.tokens, self.state)
+        torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
+        # The warm-up has advanced the positions; every capture and replay must start from a valid state.
+        self.load(state)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = model.step(self.tokens, self.state)
+
+    def load(self, state: ModelState) -> None:
+        """Copies ``state`` into the graph's own, without reallocating it."""
+        for (_, ours), (_, theirs) in zip(self.state.tensors(), state.tensors(), strict=True):
+            ours.copy_(theirs)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(batch,) ids to (batch, vocab_size) logits, overwritten by the next call."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+    @staticmethod
+    def key(state: ModelState) -> tuple:
+        """What a captured step depends on: the structure, shapes and dtypes of the state."""
+        leaves, structure = pytree.tree_flatten(state)
+        return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

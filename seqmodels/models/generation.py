@@ -1,0 +1,182 @@
+"""Generating tokens: prefill the prompts in parallel, then one step a token with a fixed-size state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from seqmodels.layout import Layout
+from seqmodels.models.captured_step import CapturedStep
+from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.sampling import GREEDY, Sampling, draw, token_probabilities
+from seqmodels.models.stack import ModelState
+
+PREFILL_CHUNK = 8192  # tokens of a prompt at a time: bounds the activations of a long prompt
+
+
+class Decoder:
+    """Decodes batches of prompts with one model.
+
+    On CUDA the step is captured in a graph once for each batch size and state shape, and replayed;
+    the graphs live as long as this object, so keep it for many calls.
+
+    Args:
+        model: put in evaluation mode while it generates.
+        capture: use CUDA graphs; by default where the model is on CUDA.
+        prefill_chunk: tokens of the prompts that go through the model at a time.
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, capture: bool | None = None, prefill_chunk: int = PREFILL_CHUNK
+    ) -> None:
+        device = model.embedding.weight.device
+        if capture and device.type != "cuda":
+            raise ValueError(f"capture=True needs the model on CUDA; it is on {device}")
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk is {prefill_chunk}; expected at least 1")
+        self.model = model
+        self.device = device
+        self.capture = device.type == "cuda" if capture is None else capture
+        self.prefill_chunk = prefill_chunk
+        self._captured: dict[tuple, CapturedStep] = {}
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], *, max_length: int) -> tuple[Tensor, ModelState]:
+        """(batch, vocab_size) logits after each prompt, and the state there.
+
+        Prompts of unequal length are left-padded; padding reaches neither outputs nor state.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_length: tokens that the state must hold, prompt and continuation.
+        """
+        lengths = _check_prompts(prompts)
+        longest, shortest = max(lengths), min(lengths)
+        grid = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            grid[row, longest - lengths[row] :] = torch.as_tensor(prompt, dtype=torch.int64)
+        grid = grid.to(self.device)
+        prefix = self.model.config.objective == "prefix"
+        # Every row needs a token in the first piece, and prefix layers all of their prefix.
+        end = longest if prefix else min(longest, longest - shortest + self.prefill_chunk)
+        layout = None
+        if prefix or shortest != longest:
+            ends = [length - (longest - end) for length in lengths]
+            layout = Layout.left_padded(ends, end, prefix_lengths=lengths if prefix else None, device=self.device)
+        state = self.model.init_state(len(prompts), max_length=max_length)
+        hidden, state, _ = self.model.encode(grid[:, :end], state, layout=layout, return_state=True)
+        while end < longest:
+            piece = grid[:, end : end + self.prefill_chunk]
+            hidden, state, _ = self.model.encode(piece, state, return_state=True)
+            end += piece.shape[1]
+        return self.model.logits(hidden[:, -1]), state
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop_ids: Collection[int] = (),
+        finished: list[bool] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Yields the new token of every row, step by step; None for rows that have ended.
+
+        Row ``i`` draws from its own generator, seeded with ``seed + i``: the same seed gives the same
+        tokens, alone or in a batch, on a CPU or a GPU, as far as the logits agree.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: tokens after each prompt.
+            sampling: greedy by default.
+            stop_ids: a row ends after producing one of these.
+            finished: a list with an entry for each row, to which the caller may write True between
+                tokens to end a row (stop strings do).
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        lengths = _check_prompts(prompts)
+        finished = [False] * len(prompts) if finished is None else finished
+        with _evaluation(self.model):
+            logits, state = self.prefill(prompts, max_length=max(lengths) + max_new_tokens)
+        captured = self._captured_step(state, len(prompts)) if self.capture and max_new_tokens > 1 else None
+        seen = self._seen(prompts) if sampling.repetition_penalty != 1.0 else None
+        uniform = _draws(len(prompts), max_new_tokens, seed).to(self.device)
+        for index in range(max_new_tokens):
+            tokens = draw(token_probabilities(logits, sampling, seen), uniform[index])
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+            values = tokens.tolist()
+            yield [None if done else token for token, done in zip(values, finished, strict=True)]
+            for row, token in enumerate(values):
+                finished[row] = finished[row] or token in stop_ids
+            if all(finished) or index + 1 == max_new_tokens:
+                return
+            if captured is not None:
+                logits = captured(tokens)
+            else:
+                with _evaluation(self.model):
+                    logits = self.model.step(tokens, state)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+        """The new tokens of each row (the stopping one included); arguments of :meth:`stream`."""
+        result: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, **options):  # type: ignore[arg-type]
+            for row, token in enumerate(tokens):
+                if token is not None:
+                    result[row].append(token)
+        return result
+
+    def _captured_step(self, state: ModelState, batch_size: int) -> CapturedStep:
+        key = (batch_size, CapturedStep.key(state))
+        if key in self._captured:
+            self._captured[key].load(state)
+        else:
+            with _evaluation(self.model):
+                self._captured[key] = CapturedStep(self.model, state, batch_size)
+        return self._captured[key]
+
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        seen = torch.zeros(len(prompts), self.model.config.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.as_tensor(prompt, dtype=torch.int64)] = True
+        return seen.to(self.device)
+
+
+def generate(model: LanguageModel, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+    """The new tokens after each prompt; arguments of :meth:`Decoder.stream`."""
+    return Decoder(model).generate(prompts, **options)
+
+
+def _draws(batch_size: int, steps: int, seed: int) -> Tensor:
+    """(steps, batch) float32 in [0, 1), column ``i`` from a generator of its own."""
+    columns = []
+    for row in range(batch_size):
+        generator = torch.Generator().manual_seed(seed + row)
+        columns.append(torch.rand(steps, generator=generator))
+    return torch.stack(columns, 1)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> list[int]:
+    if len(prompts) == 0:
+        raise ValueError("there are no prompts; give at least one")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} is empty; give at least one token, for example the tokenizer's separator")
+    return [len(prompt) for prompt in prompts]
+
+
+@contextlib.contextmanager
+def _evaluation(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode inside, what it was before outside (a generator may pause in between)."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
