@@ -29,13 +29,16 @@ key lane of its own, carried the same way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqmodels.ops.documents import token_table
 from seqmodels.ops.kernels import KernelSpec, dtype_name
 from seqmodels.ops.tiles import Device, Tile, device_properties
 
@@ -48,10 +51,10 @@ def _scan(
     state_in, state_out, decay_out, dot_with, dot_out, denominator,
     starts, lengths, length, num_segments, segment_length, total_rows,
     heads, query_heads, key_heads, value_heads, dot_heads,
-    state_stride_k, state_stride_v, state_size, epsilon,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RANK: tl.constexpr,
+    epsilon,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RANK: tl.constexpr, STATE_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, NORMALIZE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of one document, one head, one block of the value width.
 
@@ -78,24 +81,24 @@ def _scan(
     token = rows // RANK
     keys = tl.arange(0, BLOCK_K)
     values = value_block * BLOCK_V + tl.arange(0, BLOCK_V)
-    key_ok = keys < KEY_DIM
-    value_ok = values < VALUE_DIM
-    if REVERSE:
-        before = token[:, None] < token[None, :]
-    else:
-        before = token[:, None] > token[None, :]
-    same = token[:, None] == token[None, :]
+    # Exact blocks need no mask: said with constants, so that the compiler drops it.
+    key_ok = (keys < KEY_DIM) if KEY_DIM % BLOCK_K else (keys >= 0)
+    value_ok = (values < VALUE_DIM) if VALUE_DIM % BLOCK_V else (values >= 0)
 
     query += head * query_heads // heads * KEY_DIM
     key += head * key_heads // heads * KEY_DIM
     value += head * value_heads // heads * VALUE_DIM
 
-    state_offset = (slot * heads + head) * state_size
-    tile_offset = keys[:, None] * state_stride_k + values[None, :] * state_stride_v
+    # The state in memory is (key width, value width) of the forward, so a gradient whose keys are the
+    # forward's values reads it transposed. The normaliser is its last column.
+    STRIDE_K: tl.constexpr = 1 if TRANSPOSED else STATE_COLUMNS
+    STRIDE_V: tl.constexpr = STATE_COLUMNS if TRANSPOSED else 1
+    STATE_ROWS: tl.constexpr = VALUE_DIM if TRANSPOSED else KEY_DIM
+    state_offset = (slot * heads + head) * (STATE_ROWS * STATE_COLUMNS)
+    tile_offset = keys[:, None] * STRIDE_K + values[None, :] * STRIDE_V
     tile_ok = key_ok[:, None] & value_ok[None, :]
-    # The normaliser lane: one more value column of the forward, one more key row of the gradients.
-    column_offset = keys * state_stride_k + VALUE_DIM * state_stride_v
-    row_offset = KEY_DIM * state_stride_k + values * state_stride_v
+    column_offset = keys * STRIDE_K + VALUE_DIM * STRIDE_V
+    row_offset = KEY_DIM * STRIDE_K + values * STRIDE_V
     state = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     column = tl.zeros((BLOCK_K,), dtype=tl.float32)
     row = tl.zeros((BLOCK_V,), dtype=tl.float32)
@@ -110,19 +113,24 @@ def _scan(
     num_chunks = tl.cdiv(size, TOKENS)
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
-        row_ok = (rows < TOKENS * RANK) & (chunk * TOKENS + token < size)
-        row_index = (first + chunk * TOKENS) * RANK + rows
-        token_index = (first + chunk * TOKENS + token) * heads + head
+        # 64-bit for the chunk, 32-bit inside it.
+        origin = first + chunk * TOKENS
+        origin_row = origin * RANK
+        # Positions, not offsets inside the chunk, so that the masks made of them are not kept in registers.
+        position = chunk.to(tl.int32) * TOKENS + token
+        row_ok = (rows < TOKENS * RANK) & (position < size)
+        token_offset = token * heads + head
+        row_offsets = rows * heads + head
         key_tile = tl.load(
-            key + row_index[:, None] * key_heads * KEY_DIM + keys[None, :],
+            key + origin_row * key_heads * KEY_DIM + (rows[:, None] * (key_heads * KEY_DIM) + keys[None, :]),
             mask=row_ok[:, None] & key_ok[None, :], other=0.0,
         )  # fmt: skip
         value_tile = tl.load(
-            value + row_index[:, None] * value_heads * VALUE_DIM + values[None, :],
+            value + origin_row * value_heads * VALUE_DIM + (rows[:, None] * (value_heads * VALUE_DIM) + values[None, :]),
             mask=row_ok[:, None] & value_ok[None, :], other=0.0,
         )  # fmt: skip
         if log_decay is not None:
-            step_decay = tl.load(log_decay + token_index, mask=row_ok & (rows % RANK == 0), other=0.0) * LOG2E
+            step_decay = tl.load(log_decay + origin * heads + token_offset, mask=row_ok & (rows % RANK == 0), other=0.0) * LOG2E
             inclusive = tl.cumsum(step_decay, 0)
             chunk_decay = tl.sum(step_decay, 0)
             # Factor of a row's view of the state before, and of a column's share of the state after.
@@ -136,15 +144,15 @@ def _scan(
             row_factor = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
             column_factor = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
         if past is not None:
-            past_weight = tl.load(past + token_index, mask=row_ok, other=0.0)
+            past_weight = tl.load(past + origin * heads + token_offset, mask=row_ok, other=0.0)
             if not REVERSE:
                 column_factor *= past_weight
         if lane is not None:
-            lane_weight = tl.load(lane + row_index * heads + head, mask=row_ok, other=0.0)
+            lane_weight = tl.load(lane + origin_row * heads + row_offsets, mask=row_ok, other=0.0)
 
         if output is not None:
             query_tile = tl.load(
-                query + row_index[:, None] * query_heads * KEY_DIM + keys[None, :],
+                query + origin_row * query_heads * KEY_DIM + (rows[:, None] * (query_heads * KEY_DIM) + keys[None, :]),
                 mask=row_ok[:, None] & key_ok[None, :], other=0.0,
             )  # fmt: skip
             scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
@@ -153,20 +161,33 @@ def _scan(
                     scores += lane_weight[None, :]
                 else:
                     scores += lane_weight[:, None]
-            if diagonal is not None:
-                diagonal_weight = tl.load(diagonal + token_index, mask=row_ok, other=0.0)
-                equal_scores = tl.where(same, scores * diagonal_weight[:, None], 0.0)
+            same = position[:, None] == position[None, :]
+            if REVERSE:
+                before = position[:, None] < position[None, :]
             else:
-                equal_scores = tl.where(same, scores, 0.0)
+                before = position[:, None] > position[None, :]
+            if diagonal is not None:
+                own_weight = tl.load(diagonal + origin * heads + token_offset, mask=row_ok, other=0.0)
+            else:
+                own_weight = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+            if dot_with is not None:
+                own_scores = tl.where(same, scores * own_weight[:, None], 0.0).to(value_tile.dtype)
             if log_decay is not None:
-                gap = inclusive[:, None] - inclusive[None, :]
                 if REVERSE:
-                    gap = -gap
-                scores *= tl.exp2(tl.minimum(gap, 0.0))
-            scores = tl.where(before, scores, 0.0)
+                    weight = tl.exp2(tl.minimum(inclusive[None, :] - inclusive[:, None], 0.0))
+                else:
+                    weight = tl.exp2(tl.minimum(inclusive[:, None] - inclusive[None, :], 0.0))
+                weight = tl.where(before, weight, 0.0)
+            else:
+                weight = tl.where(before, 1.0, 0.0)
             if past is not None:
                 if not REVERSE:
-                    scores *= past_weight[None, :]
+                    weight *= past_weight[None, :]
+                elif dot_with is None:
+                    weight *= past_weight[:, None]
+            if dot_with is None:
+                weight = tl.where(same, own_weight[:, None], weight)
+            scores *= weight
 
             result = tl.dot(query_tile, state.to(query_tile.dtype), input_precision=PRECISION)
             if lane is not None:
@@ -181,24 +202,22 @@ def _scan(
                 # the gradient of is what the decays' gradient is made of.
                 result = tl.dot(scores.to(value_tile.dtype), value_tile, result, input_precision=PRECISION)
                 other = tl.load(
-                    dot_with + (row_index[:, None] * dot_heads + head * dot_heads // heads) * VALUE_DIM
-                    + values[None, :],
+                    dot_with + (origin_row * dot_heads + head * dot_heads // heads) * VALUE_DIM
+                    + (rows[:, None] * (dot_heads * VALUE_DIM) + values[None, :]),
                     mask=result_mask, other=0.0,
                 )  # fmt: skip
                 tl.store(
-                    dot_out + (value_block * total_rows + row_index) * heads + head,
+                    dot_out + (value_block * total_rows + origin_row) * heads + row_offsets,
                     tl.sum(result * other.to(tl.float32), 1), mask=row_ok,
                 )  # fmt: skip
                 if past is not None:
                     if REVERSE:
                         result *= past_weight[:, None]
-                result = tl.dot(equal_scores.to(value_tile.dtype), value_tile, result, input_precision=PRECISION)
+                result = tl.dot(own_scores, value_tile, result, input_precision=PRECISION)
             else:
                 if past is not None:
                     if REVERSE:
                         result *= past_weight[:, None]
-                        scores *= past_weight[:, None]
-                scores += equal_scores
                 if NORMALIZE:
                     seen = tl.sum(query_tile.to(tl.float32) * column[None, :], 1)
                     total = tl.sum(scores, 1) + row_factor * seen + epsilon
@@ -206,10 +225,10 @@ def _scan(
                 if NORMALIZE:
                     result /= total[:, None]
                     tl.store(
-                        denominator + row_index * heads + head, total, mask=row_ok & (value_block == 0)
+                        denominator + origin_row * heads + row_offsets, total, mask=row_ok & (value_block == 0)
                     )
             tl.store(
-                output + (row_index[:, None] * heads + head) * VALUE_DIM + values[None, :],
+                output + (origin_row * heads + head) * VALUE_DIM + (rows[:, None] * (heads * VALUE_DIM) + values[None, :]),
                 result.to(output.dtype.element_ty), mask=result_mask,
             )  # fmt: skip
 
@@ -263,7 +282,7 @@ def _combine(
     tl.store(final + (document * heads + head) * state_size + lanes, running, mask=ok)
 
 
-def _choose(device: Device, variant: dict, dtype: str) -> Tile:
+def _choose(device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
     """64 rows feed a warpgroup; float32 operands take twice the shared memory, wide keys more still."""
     bytes_per_row = variant["BLOCK_K"] * (4 if dtype == "fp32" else 2)
     if bytes_per_row > 256 or device.shared_memory < 160 * 1024:
@@ -271,8 +290,84 @@ def _choose(device: Device, variant: dict, dtype: str) -> Tile:
     return WIDE
 
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDE = Tile({"BLOCK_M": 64, "BLOCK_V": 64}, num_warps=4, num_stages=2)
 NARROW = Tile({"BLOCK_M": 64, "BLOCK_V": 32}, num_warps=4, num_stages=1)
+
+
+
+def _variant(
+    key_dim: int, value_dim: int, rank: int, reverse: bool, normalize: bool, transposed: bool, columns: int, precision: str
+) -> dict[str, Any]:
+    """The constants of one pass, apart from its tile."""
+    return {
+        "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "RANK": rank, "REVERSE": reverse, "NORMALIZE": normalize,
+        "TRANSPOSED": transposed, "STATE_COLUMNS": columns,
+        "BLOCK_K": max(16, triton.next_power_of_2(key_dim)), "PRECISION": precision,
+    }  # fmt: skip
+
+
+def _declared(**changes: Any) -> dict[str, Any]:
+    """A pass for the audit: constants by name, and the tensors it does not get as None."""
+    usual: dict[str, Any] = {
+        "key_dim": 128, "value_dim": 64, "rank": 1, "reverse": False, "normalize": False, "transposed": False,
+        "columns": 64, "precision": "tf32x3",
+    }  # fmt: skip
+    usual |= {name: changes.pop(name) for name in usual if name in changes}
+    absent = dict.fromkeys(("lane", "dot_with", "dot_out", "denominator", "starts", "lengths", "decay_out"))
+    for name in changes.pop("present", ()):
+        del absent[name]
+    return _variant(**usual) | absent | dict.fromkeys(changes.pop("absent", ()))
+
+
+_WEIGHTS = ("log_decay", "past", "diagonal")
+_DOTS = ("dot_with", "dot_out")
+SCAN = KernelSpec(
+    name="linear_attention.scan",
+    function=_scan,
+    signature={
+        **dict.fromkeys(("query", "key", "value", "output", "dot_with"), "*{dtype}"),
+        **dict.fromkeys(
+            ("log_decay", "past", "diagonal", "lane", "state_in", "state_out", "decay_out", "dot_out", "denominator"),
+            "*fp32",
+        ),
+        **dict.fromkeys(("starts", "lengths"), "*i64"),
+        **dict.fromkeys(("length", "num_segments", "segment_length", "total_rows"), "i64"),
+        **dict.fromkeys(("heads", "query_heads", "key_heads", "value_heads", "dot_heads"), "i32"),
+        "epsilon": "fp32",
+    },
+    tiles=(WIDE, NARROW),
+    variants=(
+        _declared(),
+        _declared(key_dim=64, value_dim=128, transposed=True, present=_DOTS),
+        _declared(key_dim=64, value_dim=128, transposed=True, present=_DOTS, reverse=True),
+        _declared(reverse=True),
+        _declared(rank=4),
+        _declared(rank=4, key_dim=64, value_dim=128, transposed=True, present=_DOTS, reverse=True),
+        _declared(key_dim=64, value_dim=64, absent=_WEIGHTS),
+        _declared(value_dim=64, columns=65, normalize=True, absent=_WEIGHTS, present=("denominator",)),
+        _declared(
+            key_dim=64, value_dim=128, columns=65, transposed=True, reverse=True, absent=_WEIGHTS, present=("lane",)
+        ),
+        _declared(present=("starts", "lengths")),
+        _declared(absent=("query", "output"), present=("decay_out",)),
+        _declared(key_dim=256, value_dim=64),
+    ),
+    matrix_units=("bf16", "fp16", "fp32"),
+    choose=_choose,
+)
+COMBINE = KernelSpec(
+    name="linear_attention.combine",
+    function=_combine,
+    signature={
+        **dict.fromkeys(("local", "decay", "initial", "entering", "final"), "*fp32"),
+        "num_segments": "i64", "heads": "i32", "state_size": "i32",
+    },  # fmt: skip
+    tiles=(Tile({"BLOCK": 1024}, num_warps=4),),
+    variants=({"REVERSE": False}, {"REVERSE": True}),
+    dtypes=("fp32",),
+)
+KERNELS = [SCAN, COMBINE]
 
 
 @dataclass
@@ -324,16 +419,13 @@ class _Problem:
         ``transposed`` reads its last dimension as the key's.
         """
         key_dim, value_dim = key.shape[-1], value.shape[-1]
-        block_k = max(16, triton.next_power_of_2(key_dim))
-        variant = {
-            "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "RANK": self.rank, "BLOCK_K": block_k,
-            "REVERSE": reverse, "NORMALIZE": normalize,
-        }  # fmt: skip
         device = device_properties(value.device.index)
+        variant = _variant(
+            key_dim, value_dim, self.rank, reverse, normalize, transposed, state_width[1],
+            _precision(device, value.dtype),
+        )  # fmt: skip
         tile = SCAN.tile(device, variant, dtype_name(value.dtype))
         block_v, tokens = tile.constants["BLOCK_V"], tile.constants["BLOCK_M"] // self.rank
-        if tokens < 1:
-            raise ValueError(f"rank {self.rank} is larger than the kernel's tile of {tile.constants['BLOCK_M']} rows")
         value_blocks = triton.cdiv(value_dim, block_v)
         programs = value_blocks * self.heads * self.documents
         wanted = min(triton.cdiv(2 * device.multiprocessors, programs), triton.cdiv(self.length, 4 * tokens))
@@ -345,7 +437,6 @@ class _Problem:
         dots = None if dot_with is None else self.empty_rows(output.float()[..., :0], value_blocks, *shape)
         denominators = self.empty_rows(output.float()[..., :0], *shape) if normalize else None
         state_size = state_width[0] * state_width[1]
-        strides = (1, state_width[1]) if transposed else (state_width[1], 1)
         final = None
         if want_state:
             final = value.new_empty((self.documents, self.heads, *state_width), dtype=torch.float32)
@@ -358,8 +449,8 @@ class _Problem:
                 self.starts, self.lengths, self.length, segments, segment_length, self.rows,
                 self.heads, query.shape[-2], key.shape[-2], value.shape[-2],
                 1 if dot_with is None else dot_with.shape[-2],
-                *strides, state_size, self.epsilon,
-                **variant, PRECISION=_precision(device, value.dtype), **tile.launch(),
+                self.epsilon,
+                **variant, **tile.launch(),
             )  # fmt: skip
 
         if segments > 1:
@@ -368,14 +459,25 @@ class _Problem:
             launch(None, local, decay, outputs=False)
             entering = torch.empty_like(local)
             after = final if final is not None else torch.empty_like(local[: self.documents])
-            _combine[(self.documents * self.heads * triton.cdiv(state_size, 1024),)](
+            _combine[(self.documents * self.heads * triton.cdiv(state_size, COMBINE.tiles[0].constants["BLOCK"]),)](
                 local, decay, state, entering, after, segments, self.heads, state_size,
-                REVERSE=reverse, BLOCK=1024, num_warps=4,
+                REVERSE=reverse, **COMBINE.tiles[0].launch(),
             )  # fmt: skip
             launch(entering, None, None, outputs=True)
         else:
             launch(state, final, None, outputs=True)
         return output, final, None if dots is None else dots.sum(0), denominators
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+    """Why the kernel cannot take these arguments, or None."""
+    if v.dtype not in TRITON_DTYPES:
+        return f"it computes in bfloat16, float16 or float32, not {v.dtype}"
+    if v.shape[2] > NARROW.constants["BLOCK_M"]:
+        return f"its tile of {NARROW.constants['BLOCK_M']} rows does not hold rank {v.shape[2]}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"it holds key and value widths up to 256, not {q.shape[-1]} and {v.shape[-1]}"
+    return None
 
 
 def _precision(device: Device, dtype: torch.dtype) -> str:
@@ -423,23 +525,46 @@ def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
     return split.sum(-2, dtype=torch.float32).to(gradient.dtype)
 
 
-def _suffix_sums(x: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """(B, L, H): the sum of x from each token to the end of its document, summed in float64."""
-    batch_size, length, heads = x.shape
-    total = x.double().reshape(-1, heads).cumsum(0)
-    tokens = torch.arange(batch_size * length, device=x.device)
+def _decay_gradient(
+    change: Tensor, ends: Tensor, starts: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """Gradient of log_decay from that of its running sum: (B, L, H).
+
+    ``change`` (B, L, H) is the gradient of c at each token, ``ends`` (documents, H) that of the last
+    token's c through the final state. Each token's decay is in every c from it to its document's
+    end; the sums are taken in float64.
+    """
+    batch_size, length, heads = change.shape
     if starts is None or lengths is None:
-        last = (tokens // length + 1) * length - 1
-        inside = None
-    else:
-        document = torch.searchsorted(starts, tokens, right=True) - 1
-        last = (starts + lengths)[document.clamp(min=0)] - 1
-        inside = (document >= 0) & (tokens <= last)
-        last = last.clamp(0, batch_size * length - 1)
-    suffix = total[last] - total + x.reshape(-1, heads)
-    if inside is not None:
-        suffix = suffix * inside[:, None]
-    return suffix.view_as(x).to(x.dtype)
+        change = change.double()
+        change[:, -1] += ends
+        return change.flip(1).cumsum(1).flip(1).to(ends.dtype)
+    table = token_table(starts, lengths, batch_size, length)
+    change = change.double() + torch.where(table.last[..., None], ends.double()[table.document], 0.0)
+    change = torch.where(table.valid[..., None], change, 0.0).reshape(-1, heads)
+    total = change.cumsum(0)
+    last = (starts + lengths - 1).clamp_min(0)[table.document.reshape(-1)]
+    suffix = (total[last] - total + change).view(batch_size, length, heads)
+    return torch.where(table.valid[..., None], suffix, 0.0).to(ends.dtype)
+
+
+def _diagonal_gradient(problem: _Problem, q: Tensor, k: Tensor, v: Tensor, grad_y: Tensor, lane: Tensor | None) -> Tensor:
+    """sum over r, rho of (q_r . k_rho) (dY_r . v_rho + lane_r): (B, L, H), float32."""
+    groups = max(q.shape[3], k.shape[3])
+    scores = torch.einsum("blrgn,blsgn->blrsg", *(_heads(x, groups).float() for x in (q, k)))
+    own = torch.einsum("blrhp,blshp->blrsh", grad_y.float(), v.float())
+    if lane is not None:
+        own = own + lane[:, :, :, None]
+    result = (_heads(scores.unsqueeze(-1), problem.heads).squeeze(-1) * own).sum((2, 3))
+    if problem.starts is None or problem.lengths is None:
+        return result
+    valid = token_table(problem.starts, problem.lengths, problem.batch_size, problem.length).valid
+    return torch.where(valid[..., None], result, 0.0)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(..., G, N) to (..., H, N): head h reads group h * G // H."""
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
 
 
 def backward(
@@ -488,13 +613,10 @@ def backward(
     if decays:
         assert query_dot is not None and final is not None
         change = query_dot.sum(2) - (grad_past if past_weight is None else grad_past * past_weight)
-        ends = (final * grad_state).sum((-1, -2))
-        grad_log_decay = _suffix_sums(_add_at_ends(change, ends, starts, lengths), starts, lengths)
+        grad_log_decay = _decay_gradient(change, (final * grad_state).sum((-1, -2)), starts, lengths)
     grad_diagonal = none
     if diagonal_weight is not None:
-        grad_diagonal = _diagonal_gradient(q, k, v, grad_y, lane)
-        if starts is not None:
-            grad_diagonal = grad_diagonal * _inside(problem, grad_diagonal.device)[..., None]
+        grad_diagonal = _diagonal_gradient(problem, q, k, v, grad_y, lane)
     return (
         _sum_groups(grad_q, q.shape[-2]),
         _sum_groups(grad_k, k.shape[-2]),
