@@ -101,9 +101,9 @@ class Operator:
         for candidate in backends.preference(device_type):
             if candidate not in self.modules:
                 continue
-            reason = self._refusal(candidate, device_type, args)
-            if reason is None and getattr(self.module(candidate), "BY_NAME_ONLY", False):
+            if backends.missing(candidate) is None and getattr(self.module(candidate), "BY_NAME_ONLY", False):
                 continue
+            reason = self._refusal(candidate, device_type, args)
             if reason is None:
                 backends.announce(self.name, device_type, candidate, tuple(reasons))
                 return self.module(candidate)
