@@ -122,8 +122,20 @@ class Layout:
         prefix_lengths: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> Layout:
-        """One document a row without padding: what ``layout=None`` means, plus prefix lengths."""
-        return cls.left_padded([length] * batch_size, length, prefix_lengths=prefix_lengths, device=device)
+        """One document a row without padding: what ``layout=None`` means, plus prefix lengths.
+
+        Computed on the device: it may be called inside compiled code.
+        """
+        row = torch.arange(batch_size, device=device)
+        column = torch.arange(length, device=device)
+        prefix = None if prefix_lengths is None else _prefix_tensor(prefix_lengths, batch_size, batch_size).to(row.device)
+        return cls(
+            row * length,
+            torch.full_like(row, length),
+            row[:, None].expand(batch_size, length).contiguous(),
+            column.expand(batch_size, length).contiguous(),
+            prefix,
+        )
 
     @classmethod
     def _from_spans(
@@ -147,14 +159,7 @@ class Layout:
             sizes[slot] = entry
             document[row, column : column + entry] = slot
             position[row, column : column + entry] = torch.arange(entry)
-        prefix = None
-        if prefix_lengths is not None:
-            if len(prefix_lengths) != len(spans):
-                raise ValueError(f"{len(prefix_lengths)} prefix lengths for {len(spans)} documents; expected one each")
-            if any(entry < 0 for entry in prefix_lengths):
-                raise ValueError(f"prefix lengths must not be negative; got {list(prefix_lengths)}")
-            prefix = torch.zeros(capacity, dtype=torch.int64)
-            prefix[: len(spans)] = torch.tensor(list(prefix_lengths), dtype=torch.int64)
+        prefix = None if prefix_lengths is None else _prefix_tensor(prefix_lengths, len(spans), capacity)
         layout = cls(starts, sizes, document, position, prefix)
         return layout if device is None else layout.to(device)
 
@@ -168,6 +173,16 @@ class Layout:
     def last_token(self) -> Tensor:
         """(documents,) flat index of each document's last token; 0 for unused slots."""
         return torch.where(self.lengths > 0, self.starts + self.lengths - 1, torch.zeros_like(self.starts))
+
+
+def _prefix_tensor(prefix_lengths: Sequence[int], documents: int, capacity: int) -> Tensor:
+    if len(prefix_lengths) != documents:
+        raise ValueError(f"{len(prefix_lengths)} prefix lengths for {documents} documents; expected one each")
+    if any(entry < 0 for entry in prefix_lengths):
+        raise ValueError(f"prefix lengths must not be negative; got {list(prefix_lengths)}")
+    prefix = torch.zeros(capacity, dtype=torch.int64)
+    prefix[:documents] = torch.tensor(list(prefix_lengths), dtype=torch.int64)
+    return prefix
 
 
 pytree.register_pytree_node(
