@@ -176,12 +176,27 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, here: Pr
     writer = distributed_checkpoint.HuggingFaceStorageWriter(
         str(parts), save_distributed=True, enable_consolidation=True
     )
-    distributed_checkpoint.save(dict(tensors), storage_writer=writer)
+    # torch's consolidation loses the values of tensors without dimensions: they travel as (1,).
+    scalars = [key for key, tensor in tensors.items() if tensor.dim() == 0]
+    shaped = {key: tensor.reshape(1) if tensor.dim() == 0 else tensor for key, tensor in tensors.items()}
+    distributed_checkpoint.save(shaped, storage_writer=writer)
     here.barrier()
     if here.is_main:
         (whole,) = parts.glob("*.safetensors")
+        _drop_dimensions(whole, scalars)
         os.replace(whole, path)
         shutil.rmtree(parts)
+
+
+def _drop_dimensions(path: Path, names: list[str]) -> None:
+    """Rewrites the shapes of ``names`` in a safetensors header from [1] to []; the data stays where it is."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name in names:
+            header[name]["shape"] = []
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
 
 
 def _gather_generators(rng: dict[str, Tensor], here: Processes) -> dict[str, Tensor]:

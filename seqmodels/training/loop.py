@@ -247,7 +247,8 @@ class Trainer:
                 f"{path} was trained on another text: the files of {self.config.data.source!r} or the tokenizer have "
                 "changed since, so its data position means nothing. Start a new run, or restore the files"
             )
-        self.model.load_state_dict(checkpoint.model)
+        # Names were compared above; a tensor with two names is stored under the first one only.
+        self.model.load_state_dict(checkpoint.model, strict=False)
         try:
             load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
         except KeyError as error:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -49,11 +50,9 @@ class RunFolder:
             raise RunFolderError(
                 f"{path} already holds a run; go on with it (--resume), or choose another folder with --out"
             )
-        try:
+        with _writing(path):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             _write_whole(run.config_path, dump_yaml(config))
-        except OSError as error:
-            raise RunFolderError(f"cannot write run folder {path}: {error.strerror or error}; choose another with --out") from error
         return run
 
     @classmethod
@@ -70,9 +69,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{path} holds a run of another configuration; in it, against the one given:\n  " + "\n  ".join(changed)
             )
-        if not os.access(path, os.W_OK):
-            raise RunFolderError(f"cannot write run folder {path}: permission denied")
-        remove_leftovers(run.checkpoints)
+        with _writing(path):
+            remove_leftovers(run.checkpoints)
         return run
 
     @classmethod
@@ -102,12 +100,24 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forgets metric rows after ``step``: steps that are about to be repeated."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        _write_whole(self.metrics_path, "".join(kept))
+        with _writing(self.path):
+            _write_whole(self.metrics_path, "".join(kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a metric row, at once on file."""
-        with open(self.metrics_path, "a") as file:
+        with _writing(self.path), open(self.metrics_path, "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write run folder {path}: {error.strerror or error}; free space, fix its permissions, or choose "
+            "another with --out"
+        ) from error
 
 
 def _binding(config: TrainConfig) -> dict[str, Any]:

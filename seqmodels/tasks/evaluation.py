@@ -1,0 +1,102 @@
+"""Code length of whole documents under a language model whose state is carried from window to window."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+
+from seqmodels.ops.linear_cross_entropy import IGNORE_INDEX
+from seqmodels.tasks.token_cache import TokenCache
+
+if TYPE_CHECKING:
+    from seqmodels.models import LanguageModel
+
+
+class TextScore(NamedTuple):
+    """A language model's result on a set of documents.
+
+    Attributes:
+        nats: code length of all documents, their ends included.
+        tokens: predicted tokens.
+        text_bytes: bytes of the texts.
+        seconds: wall time.
+    """
+
+    nats: float
+    tokens: int
+    text_bytes: int
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats / tokens): per token, so comparable between equal tokenizers only."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@torch.no_grad()
+def score_documents(
+    model: LanguageModel,
+    cache: TokenCache,
+    documents: np.ndarray,
+    *,
+    window: int = 1024,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextScore:
+    """-sum_t log p(x_t | x_<t) over every token of every document, from its first to its end.
+
+    ``batch_size`` lanes each read one document, ``window`` tokens at a time, and hand their state
+    on; a lane whose document has ended takes the next one with a fresh state. Context is therefore
+    never cut, and memory does not depend on the documents' lengths (except for full attention).
+
+    Args:
+        documents: indices into ``cache``.
+        progress: called with (tokens done, tokens in all) after each window.
+    """
+    device = next(model.parameters()).device
+    sizes = np.diff(cache.offsets)[documents]
+    waiting = [int(documents[i]) for i in np.argsort(sizes, kind="stable")]  # longest taken first
+    longest, total = int(sizes.max()), int(sizes.sum())
+    lanes: list[tuple[int, int]] = []  # (document, tokens read)
+    state = None
+    nats, done = torch.zeros((), dtype=torch.float64, device=device), 0
+    model.eval()
+    begin = time.perf_counter()
+    while waiting or lanes:
+        fresh = min(batch_size - len(lanes), len(waiting))
+        if fresh:
+            lanes += [(waiting.pop(), 0) for _ in range(fresh)]
+            new = model.init_state(fresh, max_length=longest)
+            state = new if state is None else pytree.tree_map(lambda old, row: torch.cat([old, row]), state, new)
+        pieces = [cache.document(document)[read : read + window + 1].astype(np.int64) for document, read in lanes]
+        length = max(len(piece) for piece in pieces) - 1
+        tokens = torch.zeros(len(lanes), length, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORE_INDEX)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece) - 1] = torch.from_numpy(piece[:-1])
+            targets[row, : len(piece) - 1] = torch.from_numpy(piece[1:])
+        output = model.loss(tokens.to(device), targets.to(device), state=state, return_state=True)
+        nats += output.cross_entropy.double()
+        done += sum(len(piece) - 1 for piece in pieces)
+        # What is read past a document's end is padding: that lane's state is dropped here.
+        lanes = [(document, read + window) for document, read in lanes]
+        going = [row for row, (document, read) in enumerate(lanes) if read < len(cache.document(document)) - 1]
+        lanes = [lanes[row] for row in going]
+        state = output.state.select(torch.tensor(going, device=device)) if going else None
+        if progress is not None:
+            progress(done, total)
+    return TextScore(float(nats), total, int(cache.text_bytes[documents].sum()), time.perf_counter() - begin)
