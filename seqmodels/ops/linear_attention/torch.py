@@ -74,11 +74,11 @@ def forward(
         y = y[..., :-1] / (y[..., -1:] + epsilon)
     y = y.to(v.dtype)
     if table is None:
-        return y.reshape(batch_size, -1, *y.shape[2:])[:, :length].contiguous(), final
+        return y.reshape(batch_size, -1, *y.shape[2:])[:, :length].contiguous(), final.contiguous()
     # Every valid token stands in one chunk; the others land in a row that is cut off.
     rows = torch.where(table.valid, table.token, batch_size * length).flatten()
     grid = y.new_zeros(batch_size * length + 1, *y.shape[2:]).index_copy(0, rows, y.flatten(0, 1))
-    return grid[:-1].view(batch_size, length, *y.shape[2:]), final
+    return grid[:-1].view(batch_size, length, *y.shape[2:]), final.contiguous()
 
 
 def _inside(
