@@ -87,7 +87,7 @@ class Mamba2(Mixer):
         self.a_range, self.dt_range = tuple(a_range), (dt_min, dt_max, dt_init_floor)
         self.conv_width = self.inner + 2 * num_groups * d_state
         made = {"device": device, "dtype": dtype}
-        wide = {"device": device, "dtype": torch.float32 if dtype is None else state_dtype(dtype)}
+        wide = {"device": device, "dtype": state_dtype(torch.get_default_dtype() if dtype is None else dtype)}
         self.in_proj = nn.Linear(d_model, self.inner + self.conv_width + self.num_heads, bias=False, **made)
         self.conv1d = nn.Conv1d(self.conv_width, self.conv_width, d_conv, groups=self.conv_width, **made)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **wide))

@@ -114,7 +114,7 @@ class Mamba3(Mixer):
         )
         inner = expand * d_model
         made = {"device": device, "dtype": dtype}
-        wide = {"device": device, "dtype": torch.float32 if dtype is None else state_dtype(dtype)}
+        wide = {"device": device, "dtype": state_dtype(torch.get_default_dtype() if dtype is None else dtype)}
         self.in_proj = nn.Linear(d_model, sum(self.projection.widths), bias=False, **made)
         self.dt_bias = nn.Parameter(torch.empty(heads, **wide))
         self.B_bias = nn.Parameter(torch.empty(heads, ranks, d_state, **wide))
