@@ -15,9 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 FOLDER = Path(__file__).parent / "commands"
 
@@ -25,19 +24,19 @@ FOLDER = Path(__file__).parent / "commands"
 class _Commands(TyperGroup):
     """Commands listed from file names and docstrings, imported when they run."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return sorted(path.stem.replace("_", "-") for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:
         """A placeholder that carries the help line; :meth:`resolve_command` gives the command itself."""
         if cmd_name not in self.list_commands(ctx):
             return None
         text = ast.get_docstring(ast.parse(_module_path(cmd_name).read_text(encoding="utf-8"))) or ""
-        return click.Command(cmd_name, help=text.partition("\n")[0])
+        return TyperCommand(cmd_name, help=text.partition("\n")[0])
 
     def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+        self, ctx: typer.Context, args: list[str]
+    ) -> tuple[str | None, TyperCommand | None, list[str]]:
         name = args[0]
         known = self.list_commands(ctx)
         if name not in known:
@@ -51,7 +50,7 @@ def _module_path(name: str) -> Path:
     return FOLDER / f"{name.replace('-', '_')}.py"
 
 
-def _load(name: str) -> click.Command:
+def _load(name: str) -> Any:
     module: Any = importlib.import_module(f"seqmodels.commands.{name.replace('-', '_')}")
     if hasattr(module, "app"):
         return typer.main.get_group(module.app)

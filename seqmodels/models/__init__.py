@@ -6,7 +6,9 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "Account": "accounting",
     "ClassifierConfig": "config",
+    "Decoder": "generation",
     "Initialization": "config",
     "ModelConfig": "config",
     "load_config": "config",
@@ -15,7 +17,15 @@ _EXPORTS = {
     "ModelOutput": "language_model",
     "ModelState": "stack",
     "Stack": "stack",
+    "Sampling": "sampling",
+    "SequenceClassifier": "classifier",
+    "TextGenerator": "text_generation",
+    "account": "accounting",
+    "generate": "generation",
+    "load_model": "loading",
     "next_token_targets": "loss",
+    "parameter_hints": "hints",
+    "save_model": "loading",
 }
 __all__ = sorted(_EXPORTS)  # noqa: PLE0605
 

@@ -79,6 +79,10 @@ class Block(nn.Module):
             h = self.norm(h, layout)
         return h, output.state, output.aux
 
+    def layers(self) -> list[Mixer]:
+        """The layers of the branch in order."""
+        return list(self.layer.layers) if isinstance(self.layer, Branch) else [self.layer]
+
     def step(self, h_t: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         x_t = self.norm(h_t) if self.norm_first else h_t
         h_t = h_t + self.layer.step(x_t.to(dtype), state)

@@ -39,23 +39,31 @@ def inside_prefix(layout: Layout) -> Tensor:
     return layout.valid & (layout.position < prefix)
 
 
-def check_ids(ids: Tensor, vocab_size: int, name: str, *, ignore_index: int | None = None) -> None:
-    """Refuses ids outside [0, vocab_size), naming the first one.
+def check_ids(
+    ids: Tensor,
+    count: int,
+    name: str,
+    *,
+    ignore_index: int | None = None,
+    kind: str = "id",
+    bound: str = "vocab_size",
+) -> None:
+    """Refuses ids outside [0, count), naming the first one; ``kind`` and ``bound`` are the error's words.
 
     On a GPU (reading would stall it) and under compilation the check is left to the embedding's own
     device assertion.
     """
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"{name} has dtype {ids.dtype}; expected integer token ids (torch.int64)")
+        raise TypeError(f"{name} has dtype {ids.dtype}; expected integers (torch.int64)")
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    wrong = (ids < 0) | (ids >= vocab_size)
+    wrong = (ids < 0) | (ids >= count)
     if ignore_index is not None:
         wrong &= ids != ignore_index
     if bool(wrong.any()):
         index = tuple(wrong.nonzero()[0].tolist())
         allowed = "" if ignore_index is None else f" (or {ignore_index} for no target)"
+        hint = " Is the tokenizer the one this model was made for?" if kind == "id" else ""
         raise ValueError(
-            f"{name}{list(index)} is {ids[index].item()}; expected 0 <= id < vocab_size={vocab_size}{allowed}. "
-            "Is the tokenizer the one this model was made for?"
+            f"{name}{list(index)} is {ids[index].item()}; expected 0 <= {kind} < {bound}={count}{allowed}.{hint}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer
 from seqmodels.models.arguments import build_layer
 from seqmodels.models.block import Block, Branch, merge_aux
-from seqmodels.models.config import BlockSpec, StackConfig
+from seqmodels.models.config import BlockSpec, LayerSpec, StackConfig
 from seqmodels.models.initialization import initialize_layers
 from seqmodels.models.normalization import Dropout, make_norm
 from seqmodels.ops.registration import state_dtype
@@ -77,7 +78,13 @@ class Stack(nn.Module):
 
     def layers(self) -> list[Mixer]:
         """Each distinct layer once, in order of first use."""
-        return [layer for block in self.blocks for layer in (block.layer.layers if isinstance(block.layer, Branch) else [block.layer])]
+        return [layer for block in self.blocks for layer in block.layers()]
+
+    def named_layers(self) -> Iterator[tuple[LayerSpec, Mixer, int]]:
+        """Every layer at every site in order, with its configuration and the number of its block."""
+        for site, (index, spec) in enumerate(zip(self.order, self.specs, strict=True)):
+            for layer_spec, layer in zip(spec.layers, self.blocks[index].layers(), strict=True):
+                yield layer_spec, layer, site
 
     def forward(
         self,
@@ -87,6 +94,8 @@ class Stack(nn.Module):
         layout: Layout | None = None,
         return_state: bool = False,
     ) -> StackOutput:
+        if state is not None:
+            self._check_state(state)
         dtype = h.dtype
         if self.config.residual_in_float32:
             h = h.to(state_dtype(dtype))
@@ -109,12 +118,22 @@ class Stack(nn.Module):
     @torch.no_grad()
     def step(self, h_t: Tensor, state: ModelState) -> Tensor:
         """One token for each row: (batch, d_model) to the same shape; ``state`` is updated in place."""
+        self._check_state(state)
         dtype = h_t.dtype
         if self.config.residual_in_float32:
             h_t = h_t.to(state_dtype(dtype))
         for index, block_state in zip(self.order, state.layers, strict=True):
             h_t = self.blocks[index].step(h_t, block_state, dtype)
         return self.norm(h_t).to(dtype)
+
+    def _check_state(self, state: ModelState) -> None:
+        if not isinstance(state, ModelState):
+            raise TypeError(f"state is a {type(state).__name__}; expected a ModelState from this model's init_state")
+        if len(state.layers) != len(self.order):
+            raise ValueError(
+                f"the state has {len(state.layers)} blocks, this model {len(self.order)}; "
+                "make it with this model's init_state(batch_size)"
+            )
 
     def init_state(
         self,
@@ -148,17 +167,14 @@ def check_causal(stack: Stack, owner: str, objective: str) -> None:
             f"{owner}: norm 'batch' takes statistics over the length, so a token would see later ones; "
             "use norm 'rms' or 'layer' (batch norm is for SequenceClassifier)"
         )
-    for site, (index, spec) in enumerate(zip(stack.order, stack.specs, strict=True)):
-        layer = stack.blocks[index].layer
-        members = layer.layers if isinstance(layer, Branch) else [layer]
-        for member, layer_spec in zip(members, spec.layers, strict=True):
-            if member.causality == "bidirectional":
-                raise ValueError(
-                    f"{owner}: block {site} ({layer_spec.name}) is bidirectional, so a token would see later ones; "
-                    "make it causal, take another layer, or use SequenceClassifier"
-                )
-            if member.causality == "prefix" and objective != "prefix":
-                raise ValueError(
-                    f"{owner}: block {site} ({layer_spec.name}) reads a prefix in both directions; "
-                    "set objective: prefix, which scores no next token inside the prefix"
-                )
+    for spec, layer, site in stack.named_layers():
+        if layer.causality == "bidirectional":
+            raise ValueError(
+                f"{owner}: block {site} ({spec.name}) is bidirectional, so a token would see later ones; "
+                "make it causal, take another layer, or use SequenceClassifier"
+            )
+        if layer.causality == "prefix" and objective != "prefix":
+            raise ValueError(
+                f"{owner}: block {site} ({spec.name}) reads a prefix in both directions; "
+                "set objective: prefix, which scores no next token inside the prefix"
+            )
