@@ -12,4 +12,4 @@ def forward(x_t: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, sil
     if bias is not None:
         z = z + bias.to(state.dtype)
     state.copy_(window_BWC[:, 1:])
-    return (torch.nn.functional.silu(z) if silu else z).to(x_t.dtype)
+    return (torch.nn.functional.silu(z) if silu else z).to(x_t.dtype).contiguous()

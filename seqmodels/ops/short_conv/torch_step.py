@@ -13,4 +13,4 @@ def forward(x_t: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, sil
         z = z + bias.to(state.dtype)
     if state.shape[1] > 0:
         state.copy_(torch.cat([state[:, 1:], x_BC.unsqueeze(1)], dim=1))
-    return (torch.nn.functional.silu(z) if silu else z).to(x_t.dtype)
+    return (torch.nn.functional.silu(z) if silu else z).to(x_t.dtype).contiguous()
