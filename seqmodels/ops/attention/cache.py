@@ -55,6 +55,6 @@ def append_to_cache(
     def updated(cache: Tensor, new: Tensor) -> Tensor:
         picked = new.flatten(0, 1).flatten(1).index_select(0, source)
         picked = picked.view(cache.shape[0], capacity, cache.shape[1], cache.shape[3]).transpose(1, 2)
-        return torch.where(fresh, picked.to(cache.dtype), cache)
+        return torch.where(fresh, picked.to(cache.dtype), cache).contiguous()  # decode writes it in place
 
     return updated(key_cache, k), updated(value_cache, v), total
