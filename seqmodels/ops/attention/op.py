@@ -233,5 +233,9 @@ _step_operator = Operator(
     "int? window, float scale",
     outputs=1,
     fake=lambda q, *_: q.new_empty(q.shape),
-    modules={"reference": f"{_PACKAGE}.reference_step", "torch": f"{_PACKAGE}.torch_step"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_step",
+        "torch": f"{_PACKAGE}.torch_step",
+        "cpu": f"{_PACKAGE}.cpu_step",
+    },
 )
