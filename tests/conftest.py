@@ -6,12 +6,17 @@ stable-ABI counterpart) returns NaN: a kernel that leaves an element unwritten f
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
 
 import pytest
 import torch
+
+# pytest listens on every logger that does not propagate; on this one that makes torch write out
+# each compiled graph as JSON, which triples the time to compile.
+logging.getLogger("torch.__trace").propagate = True
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
