@@ -17,14 +17,14 @@ A stack of residual blocks is written as a pattern of words, or as an explicit l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from seqmodels.configuration import load, nearest
-from seqmodels.models.arguments import convert_arguments, layer_class, layer_names
+from seqmodels.configuration import apply_overrides, convert, load, load_yaml, nearest
+from seqmodels.models.arguments import convert_arguments, layer_names
 from seqmodels.models.pattern import parse_pattern
 
 RESERVED = ("layer", "share")  # keys of a layer's entry that are not its arguments
@@ -235,9 +235,22 @@ class ClassifierConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_
 C = TypeVar("C", bound=StackConfig)
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] = (), kind: type[C] = ModelConfig) -> C:  # type: ignore[assignment]
+def load_config(path: str | Path, overrides: Iterable[str] = (), kind: type[C] = ModelConfig) -> C:  # type: ignore[assignment]
     """Reads a model's YAML file and checks it down to its layers' arguments."""
     config = load(path, kind, overrides)
+    config.check_layers()
+    return config
+
+
+def read_model_config(path: str | Path, overrides: Iterable[str] = ()) -> ModelConfig:
+    """The language model in a model's file, or in a training configuration's key ``model``
+    (a mapping, or the path of a model's file beside it); overrides are dotted keys of the model."""
+    data = load_yaml(path)
+    if "model" not in data:
+        return load_config(path, overrides)
+    if isinstance(data["model"], str):
+        return load_config(Path(path).parent / data["model"], overrides)
+    config = convert(apply_overrides(data["model"], overrides), ModelConfig, "model")
     config.check_layers()
     return config
 
@@ -258,14 +271,3 @@ def _check_number(name: str, value: float, above: float) -> None:
     if not (math.isfinite(value) and value > above):
         raise ValueError(f"{name} is {value!r}; expected a number above {above:g}")
 
-
-__all__ = [
-    "BlockSpec",
-    "ClassifierConfig",
-    "Initialization",
-    "LayerSpec",
-    "ModelConfig",
-    "StackConfig",
-    "layer_class",
-    "load_config",
-]

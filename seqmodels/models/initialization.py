@@ -26,6 +26,14 @@ def construction(device: torch.device | str | None, dtype: torch.dtype | None) -
         torch.set_default_dtype(previous)
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """``"bfloat16"`` to ``torch.bfloat16``."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"unknown dtype {name!r}; expected float32, bfloat16, float16 or float64")
+    return dtype
+
+
 @torch.no_grad()
 def initialize_layers(layers: list[Mixer], num_blocks: int, config: Initialization) -> None:
     """Applies ``linear_std``, then ``residual_scale``, to each distinct layer once."""
