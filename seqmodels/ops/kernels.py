@@ -61,6 +61,8 @@ class KernelSpec:
         divisible: integer arguments that are always multiples of 16 and not in ``do_not_specialize``.
         choose: ``choose(device, variant, dtype) -> Tile``, one of ``tiles``: the heuristic. It must not
             look at the length.
+        valid: ``valid(tile, variant, dtype) -> bool``: False for combinations that are never launched
+            (a large tile with a large head); the audit and the tuner leave them out.
     """
 
     name: str
@@ -73,6 +75,7 @@ class KernelSpec:
     warpgroup: bool = True
     divisible: tuple[str, ...] = ()
     choose: Callable[[Device, Mapping[str, Any], str], Tile] | None = None
+    valid: Callable[[Tile, Mapping[str, Any], str], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.tiles or not self.variants or not self.dtypes:
@@ -95,16 +98,26 @@ class KernelSpec:
     def tile(self, device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
         """The configuration to launch with: tuned for this device if the user tuned it, else the heuristic's."""
         tuned = tuned_tile(device, self.name, variant, dtype)
-        if tuned is not None and tuned in self.tiles:
+        if tuned is not None and tuned in self.shipped_tiles(variant, dtype):
             return tuned
         return self.default_tile(device, variant, dtype)
 
     def default_tile(self, device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
         """The heuristic's configuration; the same on every run."""
-        tile = self.tiles[0] if self.choose is None else self.choose(device, variant, dtype)
-        if tile not in self.tiles:
+        shipped = self.shipped_tiles(variant, dtype)
+        tile = shipped[0] if self.choose is None else self.choose(device, variant, dtype)
+        if tile not in shipped:
             raise ValueError(
                 f"kernel {self.name!r}: the heuristic chose {tile.label!r} for {device.target}, {dict(variant)}, "
-                f"{dtype}, which is not among the shipped tiles: {', '.join(t.label for t in self.tiles)}"
+                f"{dtype}, which is not among the shipped tiles: {', '.join(t.label for t in shipped)}"
             )
         return tile
+
+    def shipped_tiles(self, variant: Mapping[str, Any], dtype: str) -> tuple[Tile, ...]:
+        """Every tile that may be launched for these constants and inputs."""
+        if self.valid is None:
+            return self.tiles
+        shipped = tuple(tile for tile in self.tiles if self.valid(tile, variant, dtype))
+        if not shipped:
+            raise ValueError(f"kernel {self.name!r}: no tile is valid for {dict(variant)} and {dtype}")
+        return shipped

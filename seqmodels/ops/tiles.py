@@ -39,12 +39,15 @@ class Tile:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "constants", types.MappingProxyType(dict(self.constants)))
+        object.__setattr__(self, "constants", types.MappingProxyType(dict(sorted(self.constants.items()))))
         if self.num_warps not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"num_warps is {self.num_warps}; expected a power of two up to 32")
 
     def __hash__(self) -> int:
         return hash(self.label)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the read-only view of the constants cannot be pickled
+        return Tile, (dict(self.constants), self.num_warps, self.num_stages)
 
     @property
     def label(self) -> str:
@@ -70,6 +73,7 @@ class Device:
         registers: 32-bit registers of one multiprocessor.
         multiprocessor_shared_memory: bytes of shared memory of one multiprocessor.
         max_warps: resident warps of one multiprocessor.
+        max_blocks: resident blocks of one multiprocessor.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Device:
     registers: int = 65536
     multiprocessor_shared_memory: int = 0
     max_warps: int = 64
+    max_blocks: int = 32
 
     @property
     def target(self) -> str:
@@ -94,7 +99,7 @@ KNOWN_DEVICES = {
     device.target: device
     for device in (
         Device("A100", "cuda", 80, 166912, 108, multiprocessor_shared_memory=167936),
-        Device("RTX 3090", "cuda", 86, 101376, 82, multiprocessor_shared_memory=102400, max_warps=48),
+        Device("RTX 3090", "cuda", 86, 101376, 82, multiprocessor_shared_memory=102400, max_warps=48, max_blocks=16),
         Device("H100", "cuda", 90, 232448, 132, multiprocessor_shared_memory=233472),
         Device("B200", "cuda", 100, 232448, 148, multiprocessor_shared_memory=233472),
         Device(
@@ -128,20 +133,27 @@ def device_properties(index: int | None = None) -> Device:
         registers=getattr(properties, "regs_per_multiprocessor", 65536),
         multiprocessor_shared_memory=getattr(properties, "shared_memory_per_multiprocessor", 0),
         max_warps=properties.max_threads_per_multi_processor // properties.warp_size,
+        max_blocks=known.max_blocks if known else 32,
     )
 
 
 def variant_label(variant: Mapping[str, Any]) -> str:
-    """``HEAD_DIM=64 BIAS=True``: a variant as text, the same in tables, baselines and stored results."""
-    return " ".join(f"{name}={value}" for name, value in sorted(variant.items()))
+    """``HEAD_DIM=64 BIAS=True without mask``: a variant as text, the same in tables, baselines and stored results."""
+    given = " ".join(f"{name}={value}" for name, value in sorted(variant.items()) if value is not None)
+    absent = ", ".join(sorted(name for name, value in variant.items() if value is None))
+    return f"{given} without {absent}".strip() if absent else given
+
+
+def cache_folder() -> Path:
+    """``$SEQMODELS_CACHE``, or ``seqmodels`` in the user's cache folder."""
+    root = os.environ.get("SEQMODELS_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels"
 
 
 def tuned_path(device: Device) -> Path:
-    """Where ``seqmodels tune`` stores its result for a device: ``$SEQMODELS_CACHE`` or the user's cache folder."""
-    root = os.environ.get("SEQMODELS_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmodels"
+    """Where ``seqmodels tune`` stores its result for a device."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device.name} {device.target}".lower()).strip("-")
-    return folder / "tiles" / f"{slug}.json"
+    return cache_folder() / "tiles" / f"{slug}.json"
 
 
 @functools.cache
