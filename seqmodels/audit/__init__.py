@@ -50,9 +50,8 @@ def run(
     found = discovery.discover(modules)
     chosen = {name: spec for name, spec in found.kernels.items() if kernels is None or kernels in name}
     if kernels is not None and not chosen:
-        raise ValueError(
-            f"no kernel has {kernels!r} in its name; there are {', '.join(sorted(found.kernels)) or 'none'}"
-        )
+        names = ", ".join(sorted(found.kernels)) or "none"
+        raise ValueError(f"no kernel has {kernels!r} in its name; there are {names}")
     jobs = list(compilation.plan(chosen, targets, quick=quick))
     rows = compilation.compile_all(jobs, modules=modules, workers=workers, use_cache=use_cache, progress=progress)
     audit = Audit(rows, list(found.problems), versions={"triton": triton.__version__})

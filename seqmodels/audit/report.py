@@ -13,7 +13,8 @@ from rich.table import Table
 from seqmodels.audit.compilation import Row
 
 COLUMNS = (
-    "kernel", "variant", "dtype", "tile", "target", "registers", "spill", "shared", "matrix", "local", "vectorised", "occupancy",
+    "kernel", "variant", "dtype", "tile", "target",
+    "registers", "spill", "shared", "matrix", "local", "vectorised", "occupancy",
 )  # fmt: skip
 
 
