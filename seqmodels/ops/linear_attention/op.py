@@ -86,7 +86,7 @@ def linear_attention(
     documents = batch_size if layout is None else layout.num_documents
     if initial_state is not None:
         _check_state("initial_state", initial_state, _state_shape(documents, q, v, normalize), v.dtype)
-    y, final_state = _operator(
+    y, final_state, _ = _operator(
         q, k, v, log_decay, past_weight, diagonal_weight, initial_state, starts, lengths, normalize, epsilon, chunk_size
     )
     return (y if ranked else y.squeeze(2)), final_state
@@ -184,20 +184,28 @@ def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.
         )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and what y was divided by: (batch, length, R, H), empty without ``normalize``."""
     starts, normalize = rest[4], bool(rest[6])
     documents = starts.shape[0] if isinstance(starts, Tensor) else v.shape[0]
     state = v.new_empty(_state_shape(documents, q, v, normalize), dtype=state_dtype(v.dtype))
-    return torch.empty_like(v, memory_format=torch.contiguous_format), state
+    denominator = state.new_empty(v.shape[:-1] if normalize else 0)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), state, denominator
 
 
 _operator = Operator(
     "linear_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? past_weight, Tensor? diagonal_weight, "
     "Tensor? initial_state, Tensor? starts, Tensor? lengths, bool normalize, float epsilon, SymInt chunk_size",
-    outputs=2,
+    outputs=3,
+    residuals=1,
+    keep_outputs=True,
     fake=_fake,
-    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch"},
+    modules={
+        "reference": f"{_PACKAGE}.reference",
+        "torch": f"{_PACKAGE}.torch",
+        "triton": f"{_PACKAGE}.triton",
+    },
     differentiable=(0, 1, 2, 3, 4, 5, 6),
 )
 _step_operator = Operator(

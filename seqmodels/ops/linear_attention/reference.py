@@ -69,7 +69,7 @@ def forward(
     normalize: bool,
     epsilon: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, length, _, heads, _ = v.shape
     compute = torch.float64 if v.dtype == torch.float64 else torch.float32
     q, k = (heads_of_groups(x.to(compute), heads) for x in (q, k))
@@ -87,7 +87,7 @@ def forward(
     # A further slot collects what no document wants.
     final = torch.cat([before, before.new_zeros(1, *before.shape[1:])])
     state = torch.zeros_like(before[:1]).expand(batch_size, *before.shape[1:])
-    outputs = []
+    outputs, denominators = [], []
     for t in range(length):
         valid, document = table.valid[:, t], table.document[:, t]
         keep = valid[:, None, None, None]
@@ -103,4 +103,6 @@ def forward(
         state = after
         final = final.index_copy(0, torch.where(table.last[:, t], document, documents), state)
         outputs.append(torch.where(keep, normalized(y, epsilon) if normalize else y, 0))
-    return torch.stack(outputs, dim=1).to(output_dtype), final[:-1]
+        denominators.append(torch.where(keep[..., 0], y[..., -1] + epsilon, 1))
+    denominator = torch.stack(denominators, dim=1) if normalize else state.new_empty(0)
+    return torch.stack(outputs, dim=1).to(output_dtype), final[:-1], denominator

@@ -44,8 +44,8 @@ def forward(
     normalize: bool,
     epsilon: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    batch_size, length, ranks, heads, _ = v.shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch_size, length, ranks, _, _ = v.shape
     compute = torch.float64 if v.dtype == torch.float64 else torch.float32
     tokens = max(1, min(chunk_size // ranks, length))
     values = v.to(compute)
@@ -61,6 +61,15 @@ def forward(
         rows = x.flatten(0, 1)[table.token]
         return rows.masked_fill(~table.valid.view(*table.valid.shape, *(1,) * (x.dim() - 2)), 0)
 
+    def grid(x: Tensor, padding: float) -> Tensor:
+        """(T, Q, ...) to (B, L, ...)."""
+        if table is None:
+            return x.reshape(batch_size, -1, *x.shape[2:])[:, :length].contiguous()
+        # Every valid token stands in one chunk; the others land in a row that is cut off.
+        rows = torch.where(table.valid, table.token, batch_size * length).flatten()
+        full = x.new_full((batch_size * length + 1, *x.shape[2:]), padding)
+        return full.index_copy(0, rows, x.flatten(0, 1))[:-1].view(batch_size, length, *x.shape[2:])
+
     q_TQRGN, k_TQRGN = chunks(q.to(compute)), chunks(k.to(compute))
     v_TQRHP = chunks(values)
     past_TQH, diagonal_TQH = (None if x is None else chunks(x) for x in (past_weight, diagonal_weight))
@@ -71,14 +80,12 @@ def forward(
     y = _inside(q_TQRGN, k_TQRGN, v_TQRHP, weighted_TQRHP, total_TQH, diagonal_TQH)
     y = y + _from_start(q_TQRGN, start_THNP, total_TQH)
     if normalize:
-        y = y[..., :-1] / (y[..., -1:] + epsilon)
-    y = y.to(v.dtype)
-    if table is None:
-        return y.reshape(batch_size, -1, *y.shape[2:])[:, :length].contiguous(), final.contiguous()
-    # Every valid token stands in one chunk; the others land in a row that is cut off.
-    rows = torch.where(table.valid, table.token, batch_size * length).flatten()
-    grid = y.new_zeros(batch_size * length + 1, *y.shape[2:]).index_copy(0, rows, y.flatten(0, 1))
-    return grid[:-1].view(batch_size, length, *y.shape[2:]), final.contiguous()
+        divisor = y[..., -1:] + epsilon
+        y = y[..., :-1] / divisor
+        denominator = grid(divisor.squeeze(-1), 1.0)
+    else:
+        denominator = y.new_empty(0)
+    return grid(y.to(v.dtype), 0.0), final.contiguous(), denominator
 
 
 def _inside(

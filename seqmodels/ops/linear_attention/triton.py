@@ -506,14 +506,14 @@ def forward(
     normalize: bool,
     epsilon: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(v, log_decay, past_weight, diagonal_weight, starts, lengths, epsilon)
     width = (q.shape[-1], v.shape[-1] + normalize)
-    y, final, _, _ = problem.scan(
+    y, final, _, denominator = problem.scan(
         q, k, v, initial_state, normalize=normalize, want_state=True, state_width=width
     )
     assert final is not None
-    return y, final
+    return y, final, final.new_empty(0) if denominator is None else denominator
 
 
 def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
@@ -582,16 +582,16 @@ def backward(
     normalize: bool,
     epsilon: float,
     chunk_size: int,
+    y: Tensor,
+    final_state: Tensor,
+    denominator: Tensor,
 ) -> tuple[Tensor, ...]:
     problem = _problem(v, log_decay, past_weight, diagonal_weight, starts, lengths, epsilon)
     width = (q.shape[-1], v.shape[-1] + normalize)
     grad_y, grad_state = grad_y.contiguous(), grad_state.float().contiguous()
     lane = None
     if normalize:
-        y, _, _, total = problem.scan(q, k, v, initial_state, normalize=True, state_width=width)
-        assert total is not None
-        if starts is not None:
-            total = torch.where(total == 0, 1.0, total)
+        total = denominator if starts is None else torch.where(denominator == 0, 1.0, denominator)
         scaled = grad_y.float() / total[..., None]
         lane = -(scaled * y.float()).sum(-1)
         grad_y = scaled.to(v.dtype)
