@@ -68,7 +68,9 @@ def convert_arguments(name: str, arguments: Mapping[str, Any], where: str) -> di
         try:
             values[key] = msgspec.convert(value, fields[key][0])
         except msgspec.ValidationError as error:
-            raise ValueError(f"{where} ({name}): argument {key!r} is {value!r}: {error}") from error
+            raise ValueError(
+                f"{where} ({name}): argument {key!r} is {value!r}; expected {_words(fields[key][0])}"
+            ) from error
     return values
 
 
@@ -98,6 +100,18 @@ def _argument_types(cls: type[Mixer]) -> dict[str, tuple[Any, bool]]:
                 "and no default; accept a name (str) beside it or give it a default"
             )
     return result
+
+
+def _words(annotation: Any) -> str:
+    """A type as a user reads it: ``int or null``, ``'none' or 'fixed'``."""
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, typing.get_args(annotation)))
+    if origin is Literal:
+        return " or ".join(map(repr, typing.get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation)) if origin is None else str(annotation)
 
 
 def _configurable(annotation: Any) -> Any:
