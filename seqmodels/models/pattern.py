@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(r"\s*(?:(?P<count>\d+)x(?=[\s(A-Za-z_])|(?P<word>[A-Za-z_]\w*)|(?P<sign>[()>]))")
+_TOKEN = re.compile(r"\s*(?:(?P<count>\d+)x|(?P<word>[A-Za-z_]\w*)|(?P<sign>[()>]))")
 MAX_BLOCKS = 100_000  # a typing error such as 3000000x should not fill the memory
 
 
