@@ -3,7 +3,7 @@
 //     y_h = sum_j softmax_j(scale q_h . k_j) v_j    over the filled slots of the row's cache
 //
 // A unit of work is a run of kRun slots of one row and key head: its keys and values are read
-// once, for all the query heads that share them, and stay in the first-level cache for the
+// once, for all the query heads that share them, and stay in a near cache for the
 // second use. A unit leaves the maximum, the sum of exponentials and the weighted values of its
 // run for each query head; the launcher joins the runs. Only filled slots are touched.
 #include "dispatch.h"
@@ -11,7 +11,7 @@
 
 namespace seqmodels {
 
-inline constexpr int64_t kRun = 128;
+inline constexpr int64_t kRun = 256;
 
 struct AttentionRun {
   const float* q;       // (heads, width), already multiplied by the scale, zero from head_dim on
@@ -19,6 +19,7 @@ struct AttentionRun {
   const void* values;   // (count, head_dim)
   float* result;        // (heads, 2 + width): maximum, sum, weighted values
   float* scores;        // (heads, kRun), scratch
+  float* wide;          // (kRun, head_dim), scratch of the bfloat16 kernel
   int64_t count, heads, head_dim, width;
 };
 
@@ -35,55 +36,85 @@ SEQMODELS_INLINE Vec load_part(const T* from, int64_t left) {
   return left >= kLanes ? load(from) : load(from, left);
 }
 
-template <class T>
-SEQMODELS_INLINE void score_one(const AttentionRun& run, const T* key, int64_t j) {
-  for (int64_t h = 0; h < run.heads; ++h) {
-    Vec total{};
-    for (int64_t d = 0; d < run.head_dim; d += kLanes) {
-      total += load(run.q + h * run.width + d) * load_part(key + d, run.head_dim - d);
-    }
-    run.scores[h * kRun + j] = sum(total);
+// Sums of neighbouring lanes: those of a in the first half, those of b in the second.
+SEQMODELS_INLINE Vec add_pairs(Vec a, Vec b) {
+#if !defined(__has_builtin) || !__has_builtin(__builtin_shufflevector)
+  float from[2 * kLanes], to[kLanes];
+  std::memcpy(from, &a, sizeof(a));
+  std::memcpy(from + kLanes, &b, sizeof(b));
+  for (int i = 0; i < kLanes; ++i) to[i] = from[2 * i] + from[2 * i + 1];
+  return load(to);
+#elif defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Lane i of the result is the sum of totals[i]: a tree, with about two shuffles for each sum.
+template <int count>
+SEQMODELS_INLINE Vec sum_each(const Vec* totals) {
+  if constexpr (count == 1) {
+    return totals[0];
+  } else {
+    return add_pairs(sum_each<count / 2>(totals), sum_each<count / 2>(totals + count / 2));
   }
 }
 
 template <class T>
-SEQMODELS_INLINE void score_all(const AttentionRun& run) {
-  const T* keys = static_cast<const T*>(run.keys);
+SEQMODELS_INLINE void score_all(const AttentionRun& run, const T* keys) {
+  const int64_t head_dim = run.head_dim, whole = head_dim / kLanes * kLanes;
   int64_t j = 0;
-  for (; j + 4 <= run.count; j += 4) {  // four keys at once: four independent sums
-    const T* key = keys + j * run.head_dim;
+  for (; j + kLanes <= run.count; j += kLanes) {  // one key a lane
+    const T* key = keys + j * head_dim;
     for (int64_t h = 0; h < run.heads; ++h) {
       const float* q = run.q + h * run.width;
-      Vec total[4] = {};
-      for (int64_t d = 0; d < run.head_dim; d += kLanes) {
+      Vec totals[kLanes] = {};
+      for (int64_t d = 0; d < whole; d += kLanes) {
         const Vec query = load(q + d);
-        for (int i = 0; i < 4; ++i) total[i] += query * load_part(key + i * run.head_dim + d, run.head_dim - d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) totals[i] += query * load(key + i * head_dim + d);
       }
-      for (int i = 0; i < 4; ++i) run.scores[h * kRun + j + i] = sum(total[i]);
+      if (whole < head_dim) {
+        const Vec query = load(q + whole);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) totals[i] += query * load(key + i * head_dim + whole, head_dim - whole);
+      }
+      store(run.scores + h * kRun + j, sum_each<kLanes>(totals));
     }
   }
-  for (; j < run.count; ++j) score_one(run, keys + j * run.head_dim, j);
+  for (; j < run.count; ++j) {
+    for (int64_t h = 0; h < run.heads; ++h) {
+      Vec total{};
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        total += load(run.q + h * run.width + d) * load_part(keys + j * head_dim + d, head_dim - d);
+      }
+      run.scores[h * kRun + j] = sum(total);
+    }
+  }
 }
 
-// Scores become exponentials relative to their maximum; lanes past the count become zero.
+// Scores become exponentials relative to their maximum.
 SEQMODELS_INLINE void exponentiate(const AttentionRun& run) {
   for (int64_t h = 0; h < run.heads; ++h) {
     float* scores = run.scores + h * kRun;
-    float largest = scores[0];
-    for (int64_t j = 1; j < run.count; ++j) largest = scores[j] > largest ? scores[j] : largest;
-    const Vec base = broadcast(largest);
+    // The last vector is filled up with the first score, which moves no maximum.
+    for (int64_t j = run.count; j % kLanes; ++j) scores[j] = scores[0];
+    Vec high = load(scores);
+    for (int64_t j = kLanes; j < run.count; j += kLanes) high = maximum(high, load(scores + j));
+    float lanes[kLanes], largest;
+    store(lanes, high);
+    largest = lanes[0];
+    for (int lane = 1; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
     Vec total{};
     for (int64_t j = 0; j < run.count; j += kLanes) {
-      const int64_t left = run.count - j;
-      Vec value = exp(load(scores + j) - base);
-      if (left < kLanes) {
-        store(scores + j, value);
-        for (int64_t i = j + left; i < j + kLanes; ++i) scores[i] = 0.0f;
-        value = load(scores + j);
-      } else {
-        store(scores + j, value);
-      }
-      total += value;
+      store(scores + j, exp(load(scores + j) - broadcast(largest)));
+      if (j + kLanes <= run.count) total += load(scores + j);
+      else total += load(scores + j, run.count - j);
     }
     float* result = run.result + h * (2 + run.width);
     result[0] = largest;
@@ -91,42 +122,74 @@ SEQMODELS_INLINE void exponentiate(const AttentionRun& run) {
   }
 }
 
-template <class T>
-SEQMODELS_INLINE void weigh_values(const AttentionRun& run) {
-  const T* values = static_cast<const T*>(run.values);
-  for (int64_t h = 0; h < run.heads; ++h) {
-    const float* weights = run.scores + h * kRun;
-    float* out = run.result + h * (2 + run.width) + 2;
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= run.head_dim; d += 4 * kLanes) {
-      Vec total[4] = {};
-      for (int64_t j = 0; j < run.count; ++j) {
-        const Vec weight = broadcast(weights[j]);
-        for (int i = 0; i < 4; ++i) total[i] += weight * load(values + j * run.head_dim + d + i * kLanes);
+// Weighted sums of values for `heads` query heads from h on; each value is loaded once for all.
+template <int heads, class T>
+SEQMODELS_INLINE void weigh_heads(const AttentionRun& run, const T* values, int64_t h) {
+  const int64_t head_dim = run.head_dim, stride = 2 + run.width;
+  const float* weights = run.scores + h * kRun;
+  float* out = run.result + h * stride + 2;
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) {
+    Vec total[heads][4] = {};
+    for (int64_t j = 0; j < run.count; ++j) {
+      const T* value = values + j * head_dim + d;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec part = load(value + i * kLanes);
+#pragma GCC unroll 2
+        for (int head = 0; head < heads; ++head) total[head][i] += broadcast(weights[head * kRun + j]) * part;
       }
-      for (int i = 0; i < 4; ++i) store(out + d + i * kLanes, total[i]);
     }
-    for (; d < run.head_dim; d += kLanes) {
-      Vec total{};
-      for (int64_t j = 0; j < run.count; ++j) {
-        total += broadcast(weights[j]) * load_part(values + j * run.head_dim + d, run.head_dim - d);
-      }
-      store(out + d, total);
+    for (int head = 0; head < heads; ++head) {
+      for (int i = 0; i < 4; ++i) store(out + head * stride + d + i * kLanes, total[head][i]);
     }
+  }
+  for (; d < head_dim; d += kLanes) {
+    Vec total[heads] = {};
+    for (int64_t j = 0; j < run.count; ++j) {
+      const Vec part = load_part(values + j * head_dim + d, head_dim - d);
+      for (int head = 0; head < heads; ++head) total[head] += broadcast(weights[head * kRun + j]) * part;
+    }
+    for (int head = 0; head < heads; ++head) store(out + head * stride + d, total[head]);
   }
 }
 
 template <class T>
-SEQMODELS_INLINE void attention_run(const AttentionRun& run) {
-  score_all<T>(run);
-  exponentiate(run);
-  weigh_values<T>(run);
+SEQMODELS_INLINE void weigh_values(const AttentionRun& run, const T* values) {
+  int64_t h = 0;
+  for (; h + 2 <= run.heads; h += 2) weigh_heads<2>(run, values, h);
+  if (h < run.heads) weigh_heads<1>(run, values, h);
+}
+
+SEQMODELS_INLINE void widen_all(const void* from, float* to, int64_t count) {
+  const bfloat16* values = static_cast<const bfloat16*>(from);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(values + i));
+  if (i < count) store(to + i, load(values + i, count - i), count - i);
 }
 
 }  // namespace
 
-void attention_run_float(const AttentionRun& run) { attention_run<float>(run); }
-void attention_run_bfloat16(const AttentionRun& run) { attention_run<bfloat16>(run); }
+void attention_run_float(const AttentionRun& run) {
+  score_all(run, static_cast<const float*>(run.keys));
+  exponentiate(run);
+  weigh_values(run, static_cast<const float*>(run.values));
+}
+
+void attention_run_bfloat16(const AttentionRun& run) {
+  if (run.heads == 1) {
+    score_all(run, static_cast<const bfloat16*>(run.keys));
+    exponentiate(run);
+    weigh_values(run, static_cast<const bfloat16*>(run.values));
+    return;
+  }
+  // Heads that share keys and values share their conversion too.
+  widen_all(run.keys, run.wide, run.count * run.head_dim);
+  score_all(run, static_cast<const float*>(run.wide));
+  exponentiate(run);
+  widen_all(run.values, run.wide, run.count * run.head_dim);
+  weigh_values(run, static_cast<const float*>(run.wide));
+}
 
 }  // namespace SEQMODELS_LEVEL
 }  // namespace seqmodels
@@ -212,7 +275,7 @@ Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor
   std::vector<float> results(units * shared * stride);
   AttentionRunKernel* kernel = narrow ? choose_attention_run_bfloat16() : choose_attention_run_float();
   torch::stable::parallel_for(0, units, 8, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(shared * kRun);
+    std::vector<float> scores(shared * kRun), wide(narrow && shared > 1 ? kRun * head_dim : 0);
     int64_t b = std::upper_bound(first_unit.begin(), first_unit.end(), begin) - first_unit.begin() - 1;
     for (int64_t unit = begin; unit < end; ++unit) {
       while (unit >= first_unit[b + 1]) ++b;
@@ -225,6 +288,7 @@ Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor
       run.values = values + offset;
       run.result = results.data() + unit * shared * stride;
       run.scores = scores.data();
+      run.wide = wide.data();
       run.count = std::min(kRun, std::min(seen[b] + 1, capacity) - start);
       run.heads = shared;
       run.head_dim = head_dim;
