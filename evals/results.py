@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -170,17 +171,16 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit that is checked out, with ``+changes`` when files differ from it."""
+    """The commit that is checked out; where tracked files differ from it, with a digest of the difference."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", "seqmodels", "csrc", "evals/*.py", "evals/*/*.py"
-        )
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+        changes = git("diff", "HEAD", "--", "seqmodels", "csrc", ":(glob)evals/**/*.py")
+        digest = f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else ""
+        return git("rev-parse", "--short=12", "HEAD") + digest
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

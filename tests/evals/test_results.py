@@ -51,10 +51,10 @@ def test_not_a_number_is_recorded_as_such(tmp_path):
 
 def test_broken_line_is_named(tmp_path):
     (tmp_path / "results.jsonl").write_text(json.dumps({"suite": "x"}) + "\n")
-    with pytest.raises(ValueError, match="results.jsonl:1 lacks"):
+    with pytest.raises(ValueError, match=r"results\.jsonl:1 lacks"):
         read(tmp_path)
     (tmp_path / "results.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match="results.jsonl:1 is not JSON"):
+    with pytest.raises(ValueError, match=r"results\.jsonl:1 is not JSON"):
         read(tmp_path)
 
 
