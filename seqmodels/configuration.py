@@ -102,20 +102,21 @@ def check_keys(data: Any, kind: Any, path: str = "") -> None:
         tag = struct.__struct_config__.tag_field
         for key, value in data.items():
             if key != tag and key not in fields:
-                raise ConfigError(unknown_key(_join(path, key), [_join(path, name) for name in fields]))
+                raise ConfigError(unknown_key(str(key), fields, path))
             if key in fields:
                 check_keys(value, fields[key], _join(path, key))
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist, with the nearest that do."""
+def unknown_key(key: str, known: Iterable[str], path: str = "") -> str:
+    """The message for key ``key`` under ``path`` that does not exist, with the nearest that do."""
     known = list(known)
-    return f"unknown configuration key {key!r}.{nearest(key, known) or ' Known: ' + ', '.join(known)}"
+    hint = nearest(key, known, path) or " Known: " + ", ".join(known)
+    return f"unknown configuration key {_join(path, key)!r}.{hint}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], path: str = "") -> str:
     """``" Did you mean a or b?"`` for the known names that look like ``name``; empty when none does."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near = [_join(path, other) for other in difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)]
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

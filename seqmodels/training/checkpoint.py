@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from seqmodels.training.distributed import Processes
@@ -72,38 +73,40 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, config: str
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".writing-{final.name}"
-    error: BaseException | None = None
+    generators = _gather_generators(checkpoint.rng, here)
+
+    def start() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        save_file(generators, temporary / "rng.safetensors")
+        (temporary / "config.yaml").write_text(config)
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        (temporary / "trainer.json").write_text(json.dumps({**checkpoint.trainer, "files": sizes}, indent=1))
+        for path in temporary.iterdir():
+            _flush(path)
+        _flush(temporary)
+        if final.exists():
+            _delete(final)
+        os.replace(temporary, final)
+        _flush(folder)
+        for old in list_checkpoints(folder)[:-keep]:
+            _delete(old)
+
     try:
-        if here.is_main:
-            temporary.mkdir(parents=True)
-        here.barrier()
+        here.on_main(start)
         _write_tensors(checkpoint.model, temporary, "model", here)
         _write_tensors(checkpoint.optimizer, temporary, "optimizer", here)
-        generators = _gather_generators(checkpoint.rng, here)
-        if here.is_main:
-            save_file(generators, temporary / "rng.safetensors")
-            (temporary / "config.yaml").write_text(config)
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            (temporary / "trainer.json").write_text(json.dumps({**checkpoint.trainer, "files": sizes}, indent=1))
-            for path in temporary.iterdir():
-                _flush(path)
-            _flush(temporary)
-            if final.exists():
-                _delete(final)
-            os.replace(temporary, final)
-            _flush(folder)
-            for old in list_checkpoints(folder)[:-keep]:
-                _delete(old)
-    except (OSError, SafetensorError) as caught:
+        here.on_main(finish)
+    except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         complete = list_checkpoints(folder)
         last = f"the newest complete checkpoint is {complete[-1]}" if complete else "there is no complete checkpoint yet"
-        error = CheckpointError(
-            f"cannot write checkpoint {final}: {caught}; {last}. Free space or fix the folder's permissions, "
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error}; {last}. Free space or fix the folder's permissions, "
             "then go on with --resume"
-        )
-        error.__cause__ = caught
-    here.raise_together(error)
+        ) from error
     return final
 
 
@@ -169,8 +172,8 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, here: Pr
     """``folder/name.safetensors`` with whole tensors, from shards when there are any."""
     path = folder / f"{name}.safetensors"
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        if here.is_main:
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        here.on_main(lambda: save_file(plain, path))
         return
     parts = folder / name
     writer = distributed_checkpoint.HuggingFaceStorageWriter(
@@ -180,12 +183,14 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, here: Pr
     scalars = [key for key, tensor in tensors.items() if tensor.dim() == 0]
     shaped = {key: tensor.reshape(1) if tensor.dim() == 0 else tensor for key, tensor in tensors.items()}
     distributed_checkpoint.save(shaped, storage_writer=writer)
-    here.barrier()
-    if here.is_main:
+
+    def collect() -> None:
         (whole,) = parts.glob("*.safetensors")
         _drop_dimensions(whole, scalars)
         os.replace(whole, path)
         shutil.rmtree(parts)
+
+    here.on_main(collect)
 
 
 def _drop_dimensions(path: Path, names: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,9 +35,15 @@ class Processes:
             value /= self.world_size
         return value
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` on the main process while the others wait; all raise when it fails."""
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                action()
+            except Exception as caught:
+                error = caught
+        self.raise_together(error)
 
     def raise_together(self, error: BaseException | None) -> None:
         """Every process raises when one has an ``error``, so that none waits for it for ever."""

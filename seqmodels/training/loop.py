@@ -121,8 +121,7 @@ class Trainer:
         latest = self.run.latest() if resume else None
         if latest is not None:
             self._restore(latest)
-        if here.is_main:
-            self.run.rewind(self.step)
+        here.on_main(lambda: self.run.rewind(self.step))
         self.display = Display(console, config.steps, self.step)
         if latest is not None:
             self.display.message(f"going on from {latest}")
@@ -268,15 +267,8 @@ class Trainer:
         return weights
 
     def _open_run(self, folder: Path, resume: bool) -> RunFolder:
-        error: BaseException | None = None
-        run = RunFolder(folder)
-        if self.here.is_main:
-            try:
-                run = (RunFolder.resume if resume else RunFolder.create)(folder, self.config)
-            except Exception as caught:
-                error = caught
-        self.here.raise_together(error)
-        return run
+        self.here.on_main(lambda: (RunFolder.resume if resume else RunFolder.create)(folder, self.config))
+        return RunFolder(folder)
 
     def _stop(self, batches: list[TextBatch], loss: float, norm: float) -> None:
         """Saves the batch and the weights before this step, and raises :class:`TrainingDiverged`."""
