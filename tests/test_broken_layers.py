@@ -307,15 +307,12 @@ class ForgetsBuffer(MovingAverage):
         return super().step(x_t, state) * self.table
 
 
-class RoundsBuffer(MovingAverage):
+class RoundsBuffer(ForgetsBuffer):
     """A table whose values bfloat16 cannot hold: gone after going there and back."""
 
     def __init__(self, d_model):
         super().__init__(d_model)
         self.register_buffer("table", torch.arange(1.0, d_model + 1) / 3)
-
-    mix = ForgetsBuffer.mix
-    step = ForgetsBuffer.step
 
 
 class HintsNothing(MovingAverage):
@@ -337,9 +334,7 @@ class KeepsSequence(MovingAverage):
         result = super().forward(x, state, layout=layout, return_state=return_state)
         if return_state:
             last = result.state.last
-            result.state.last = last.new_zeros(8, *last.shape)[-1].add(0) + last
-            storage = torch.cat([last] * 8).view(8, *last.shape)
-            result.state.last = storage[-1]
+            result.state.last = torch.cat([last] * 8).view(8, *last.shape)[-1]
         return result
 
 
@@ -348,10 +343,10 @@ BROKEN = {
     StepReallocates: {"split"},
     StepHasGradient: {"split"},
     MutatesState: {"split"},
-    ReturnsGivenTensor: {"split", "batch"},
+    ReturnsGivenTensor: {"split", "packing", "batch"},
     ReturnsView: {"split", "accounting"},
-    DetachesState: {"split", "packing"},
-    GrowsState: {"split", "accounting"},
+    DetachesState: {"split"},
+    GrowsState: {"split", "packing", "batch", "backend_agreement", "accounting"},
     DefaultStateDiffers: {"split"},
     LeaksAcrossDocuments: {"packing"},
     LeaksGradientAcrossDocuments: {"packing"},
@@ -375,9 +370,9 @@ BROKEN = {
 }
 
 
-def broken_laws(factory):
+def broken_laws(factory, laws):
     try:
-        check_layer(factory)
+        check_layer(factory, only=laws)
     except LawViolation as violation:
         return set(violation.law.split(", "))
     return set()
@@ -390,7 +385,15 @@ def test_right_layer_passes(factory):
 
 @pytest.mark.parametrize("factory", BROKEN)
 def test_broken_layer_is_caught(factory):
-    assert broken_laws(factory) == BROKEN[factory]
+    """Compiling is slow: here only layers that are broken there are compiled."""
+    laws = [law for law in LAWS if law != "registration" or law in BROKEN[factory]]
+    assert broken_laws(factory, laws) == BROKEN[factory]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", [factory for factory, laws in BROKEN.items() if "registration" not in laws])
+def test_broken_layer_compiles(factory):
+    assert broken_laws(factory, ["registration"]) == set()
 
 
 def test_every_law_has_its_broken_layer():
