@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu as silu_function
 
 from seqmodels.ops.documents import token_table
+from seqmodels.ops.short_conv.states import final_state_of
 
 
 def forward(
@@ -81,9 +82,4 @@ def _packed(
         target = ((starts[:, None] + offset) * inside).flatten()
         z = z.reshape(-1, channels).index_add(0, target, (from_state * inside.unsqueeze(-1)).flatten(0, 1))
         z = z.view(batch_size, length, channels)
-    # Row j of the final state is input length - (W-1) + j of the document, or state row length + j.
-    from_end = lengths[:, None] - history + torch.arange(history, device=starts.device)
-    token = ((starts[:, None] + from_end) * (from_end >= 0)).clamp(max=batch_size * length - 1)
-    inputs = x_BLC.reshape(-1, channels)[token]
-    kept = initial_state.gather(1, (from_end + history).clamp(0, max(history - 1, 0))[..., None].expand_as(inputs))
-    return z, torch.where((from_end >= 0).unsqueeze(-1), inputs, kept)
+    return z, final_state_of(x_BLC, initial_state, starts, lengths)

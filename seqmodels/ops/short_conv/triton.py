@@ -30,19 +30,23 @@ def _documents(flat, starts, lengths, documents, search_steps, length, tokens):
     """(slot, first token, size, inside) of the document of every flat token index."""
     if starts is None:
         slot = flat // length
-        return slot, slot * length, tl.zeros_like(flat) + length, flat < tokens
-    low = tl.zeros_like(flat)
-    high = tl.zeros_like(flat) + documents
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        before = open_ & (tl.load(starts + middle, mask=open_, other=0) <= flat)
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    slot = tl.maximum(low - 1, 0)
-    first = tl.load(starts + slot)
-    size = tl.load(lengths + slot)
-    return slot, first, size, (flat >= first) & (flat < first + size)
+        first = slot * length
+        size = tl.zeros_like(flat) + length
+        inside = flat < tokens
+    else:
+        low = tl.zeros_like(flat)
+        high = tl.zeros_like(flat) + documents
+        for _ in range(search_steps):
+            middle = (low + high) // 2
+            searching = low < high
+            before = searching & (tl.load(starts + middle, mask=searching, other=0) <= flat)
+            low = tl.where(before, middle + 1, low)
+            high = tl.where(before, high, middle)
+        slot = tl.maximum(low - 1, 0)
+        first = tl.load(starts + slot)
+        size = tl.load(lengths + slot)
+        inside = (flat >= first) & (flat < first + size)
+    return slot, first, size, inside
 
 
 @triton.jit
@@ -213,6 +217,7 @@ _LAYOUT = {"starts": "*i64", "lengths": "*i64"}
 _GRID = {**_LAYOUT, "documents": "i64", "search_steps": "i32", "length": "i64", "tokens": "i64", "channels": "i32"}
 _WEIGHTS = {"weight": "*fp32", "bias": "*fp32", "initial_state": "*fp32"}
 _PLAIN = {"bias": None, "initial_state": None, "starts": None, "lengths": None}
+# The usual widths, with and without state and documents, and one width that is not unrolled.
 _VARIANTS = (
     {"WIDTH": 4, "SILU": True, "UNROLL": 4, "initial_state": None, "starts": None, "lengths": None},
     {"WIDTH": 4, "SILU": True, "UNROLL": 4},
@@ -224,8 +229,8 @@ FORWARD = KernelSpec(
     function=_forward,
     signature={"x": "*{dtype}", "x_stride": "i64", **_WEIGHTS, "y": "*{dtype}", **_GRID},
     tiles=(
-        Tile({"BLOCK_L": 32, "BLOCK_C": 128}, num_warps=4, num_stages=1),
-        Tile({"BLOCK_L": 64, "BLOCK_C": 64}, num_warps=4, num_stages=1),
+        Tile({"BLOCK_L": 16, "BLOCK_C": 128}, num_warps=4, num_stages=1),
+        Tile({"BLOCK_L": 16, "BLOCK_C": 64}, num_warps=4, num_stages=1),
     ),
     variants=_VARIANTS,
     divisible=("x_stride", "channels"),
@@ -238,8 +243,8 @@ BACKWARD = KernelSpec(
         **_WEIGHTS, "grad_x": "*{dtype}", "partial": "*fp32", **_GRID,
     },  # fmt: skip
     tiles=(
+        Tile({"BLOCK_L": 16, "BLOCK_C": 64}, num_warps=4, num_stages=1),
         Tile({"BLOCK_L": 32, "BLOCK_C": 64}, num_warps=4, num_stages=1),
-        Tile({"BLOCK_L": 64, "BLOCK_C": 64}, num_warps=8, num_stages=1),
     ),
     variants=_VARIANTS,
     divisible=("x_stride", "grad_stride", "channels"),
