@@ -37,8 +37,10 @@ if X86:
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-math-errno",
            "-fno-trapping-math", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]  # fmt: skip
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"]
-# Three GPU generations, and PTX of the last for what comes after.
-CUDA_ARCHITECTURES = os.environ.get("SEQMODELS_CUDA_ARCHITECTURES", "80;90;100").split(";")
+CUDA_COMPILE = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Code for three GPU generations (the last two with their own matrix instructions), and PTX of
+# the first for every other.
+CUDA_ARCHITECTURES = os.environ.get("SEQMODELS_CUDA_ARCHITECTURES", "80;90a;100a").split(";")
 
 
 def find_torch() -> Path | None:
@@ -128,44 +130,43 @@ class BuildKernels(build_ext):
 
     def _build(self, ext: Extension, folder: Path, target: Path) -> None:
         torch_folder, compiler = find_torch(), find_compiler()
-        assert torch_folder is not None and compiler is not None
-        includes = [f"-I{ROOT / 'csrc/cpu'}", f"-isystem{torch_folder / 'include'}"]
+        if torch_folder is None or compiler is None:
+            raise OSError("torch or the compiler went away")
         sanitize = SANITIZE if os.environ.get("SEQMODELS_ASAN") == "1" else []
+        includes = [f"-I{ROOT / 'csrc/cpu'}", f"-isystem{torch_folder / 'include'}"]
+        base = [*compiler.split(), *COMPILE, *includes, *sanitize]
+        # Registration files of CUDA hold no CPU kernel: one level is enough for them.
+        levels = LEVELS if ext.name.endswith("._C") else {"plain": []}
+        sources = [Path(source) for source in ext.sources]
+        jobs = [(CUDA_COMPILE + architectures(), source, folder / f"{source.name}.o")
+                for source in sources if source.suffix == ".cu"]  # fmt: skip
+        for level, flags in levels.items():  # in this order the linker meets plain objects first: see dispatch.h
+            define = [f"-DSEQMODELS_LEVEL={level}", f"-DSEQMODELS_LAUNCHERS={int(level == 'plain')}"]
+            jobs += [([*base, *define, *flags], source, folder / f"{source.name}.{level}.o")
+                     for source in sources if source.suffix == ".cpp"]  # fmt: skip
         newest_header = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.h"), ROOT / "setup.py"])
-        jobs = []
-        for source in map(Path, ext.sources):
-            if source.suffix == ".cu":
-                command = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
-                jobs.append((command, source, folder / f"{source.name}.o"))
-                continue
-            # CUDA's registration files hold no CPU kernel: one level is enough.
-            for level, flags in LEVELS.items() if ext.name.endswith("._C") else [("plain", [])]:
-                define = [f"-DSEQMODELS_LEVEL={level}", f"-DSEQMODELS_LAUNCHERS={int(level == 'plain')}"]
-                command = [*compiler.split(), *COMPILE, *define, *flags, *includes, *sanitize]
-                jobs.append((command, source, folder / f"{source.name}.{level}.o"))
-        order = list(LEVELS)
-        objects = [job[2] for job in sorted(jobs, key=lambda job: order.index(job[2].suffixes[-2][1:]) if job[1].suffix == ".cpp" else 0)]
-        stale = [
-            job for job in jobs
-            if not job[2].exists() or job[2].stat().st_mtime < max((ROOT / job[1]).stat().st_mtime, newest_header)
-        ]  # fmt: skip
+        stale = [job for job in jobs if not up_to_date(job[2], ROOT / job[1], newest_header)]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(compile_one, stale))
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        linked = folder / target.name
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         if ext.name.endswith("._CUDA"):
-            libraries += ["-ltorch_cuda", f"-L{Path(shutil.which('nvcc') or '').parent.parent / 'lib64'}", "-lcudart"]
-        link = [*compiler.split(), "-shared", *map(str, objects), *libraries, *sanitize, "-o", str(linked)]
-        run(link)
+            toolkit = Path(shutil.which("nvcc") or "nvcc").resolve().parent.parent
+            libraries += [f"-L{os.environ.get('CUDA_HOME', toolkit)}/lib64", "-lcudart", "-ltorch_cuda"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        linked = folder / target.name
+        run([*compiler.split(), "-shared", *(str(job[2]) for job in jobs), *libraries, *sanitize, "-o", str(linked)])
         install(linked, target)
+
+
+def up_to_date(built: Path, source: Path, newest_header: float) -> bool:
+    return built.exists() and built.stat().st_mtime > max(source.stat().st_mtime, newest_header)
 
 
 def architectures() -> list[str]:
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
-    last = CUDA_ARCHITECTURES[-1]
-    return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+    oldest = CUDA_ARCHITECTURES[0]
+    return [*flags, f"-gencode=arch=compute_{oldest},code=compute_{oldest}"]
 
 
 def install(source: Path, target: Path) -> None:

@@ -16,4 +16,5 @@ def supports(x_t: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) ->
 
 def forward(x_t: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.seqmodels_cpu.short_conv_step(x_t.contiguous().unsqueeze(1), weight.contiguous(), bias, state, silu)
+    x = x_t.contiguous().unsqueeze(1)
+    return torch.ops.seqmodels_cpu.short_conv_step(x, weight.contiguous(), bias, state, silu)

@@ -43,5 +43,6 @@ def forward(
             z = z + weight[:, w].to(compute) * history_TC[w : w + size]
         if bias is not None:
             z = z + bias.to(compute)
-        y = torch.index_copy(y, 0, torch.arange(start, start + size, device=x.device), torch.nn.functional.silu(z) if silu else z)
+        here = torch.arange(start, start + size, device=x.device)
+        y = torch.index_copy(y, 0, here, torch.nn.functional.silu(z) if silu else z)
     return y.view(x.shape).to(x.dtype), torch.stack(final_state)

@@ -241,7 +241,7 @@ BACKWARD = KernelSpec(
     signature={
         "grad_y": "*{dtype}", "grad_stride": "i64", "grad_final_state": "*fp32", "x": "*{dtype}", "x_stride": "i64",
         **_WEIGHTS, "grad_x": "*{dtype}", "partial": "*fp32", **_GRID,
-    },  # fmt: skip
+    },
     tiles=(
         Tile({"BLOCK_L": 16, "BLOCK_C": 64}, num_warps=4, num_stages=1),
         Tile({"BLOCK_L": 32, "BLOCK_C": 64}, num_warps=4, num_stages=1),
@@ -255,7 +255,7 @@ FINAL_STATE = KernelSpec(
     signature={
         "x": "*{dtype}", "x_stride": "i64", "initial_state": "*fp32", "final_state": "*fp32", **_LAYOUT,
         "length": "i64", "channels": "i32",
-    },  # fmt: skip
+    },
     tiles=(Tile({"BLOCK_C": 256}, num_warps=4, num_stages=1),),
     variants=({"WIDTH": 4, "initial_state": None, "starts": None, "lengths": None}, {"WIDTH": 4}),
     divisible=("x_stride", "channels"),
@@ -266,7 +266,7 @@ GRAD_INITIAL_STATE = KernelSpec(
     signature={
         "grad_y": "*{dtype}", "grad_stride": "i64", "grad_final_state": "*fp32", "x": "*{dtype}", "x_stride": "i64",
         **_WEIGHTS, "grad_initial_state": "*fp32", **_LAYOUT, "length": "i64", "channels": "i32",
-    },  # fmt: skip
+    },
     tiles=(Tile({"BLOCK_C": 64}, num_warps=4, num_stages=1),),
     variants=(
         {"WIDTH": 4, "SILU": True, "UNROLL": 4, "ROWS": 4},

@@ -44,7 +44,7 @@ STEP = KernelSpec(
     signature={
         "x": "*{dtype}", "x_stride": "i64", "weight": "*{dtype}", "bias": "*{dtype}", "state": "*fp32",
         "y": "*{dtype}", "channels": "i32",
-    },  # fmt: skip
+    },
     tiles=(Tile({"BLOCK_C": 256}, num_warps=4, num_stages=1),),
     variants=({"WIDTH": 4, "SILU": True}, {"WIDTH": 3, "SILU": True, "bias": None}),
     divisible=("x_stride", "channels"),
