@@ -1,0 +1,108 @@
+"""Every layer of the registries is held to every law. A new layer adds one line to ``VARIANTS``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seqmodels
+from seqmodels import backends
+from seqmodels.channel import CHANNELS
+from seqmodels.mixers import MIXERS
+from seqmodels.testing import LAWS, check_law, laws, poisoned
+
+# Registry name to the keyword arguments of small variants, by label. d_model is 16.
+VARIANTS: dict[str, dict[str, dict]] = {
+    "attention": {
+        "plain": dict(num_heads=2),
+        "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
+        "nope": dict(num_heads=2, rotary_fraction=0.0),
+    },
+    "linear_attention": {
+        "plain": dict(num_heads=2),
+        "retention": dict(num_heads=2, key_dim=4, value_dim=6, decay="fixed", normalize=False, output_norm=True, gate=True),
+        "gated": dict(num_heads=2, decay="data_dependent"),
+    },
+    "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
+    "mamba2": {
+        "plain": dict(d_state=8, head_dim=8),
+        "groups": dict(d_state=4, head_dim=8, num_groups=2, d_conv=3),
+    },
+    "mamba3": {
+        "siso": dict(d_state=8, head_dim=8),
+        "mimo": dict(d_state=8, head_dim=8, mimo_rank=2, num_groups=2, rope_fraction=1.0, out_norm=True),
+        "half softplus": dict(d_state=8, head_dim=8, pairing="half", a_activation="softplus"),
+    },
+    "swiglu": {"plain": dict(multiple_of=8)},
+    "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},
+}  # fmt: skip
+
+CASES = [(name, label) for name, variants in VARIANTS.items() for label in variants]
+FIRST = [(name, next(iter(variants))) for name, variants in VARIANTS.items()]
+# Forms that compute in float32 inside their kernels have the split law judged there too.
+FLOAT32_BACKENDS = [name for name in ("torch", "cpu") if backends.missing(name) is None]
+
+
+def _factory(name: str):
+    return (MIXERS if name in MIXERS else CHANNELS)[name]
+
+
+def _layer(name: str, label: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with poisoned():
+        return _factory(name)(16, **VARIANTS[name][label])
+
+
+def test_every_registered_layer_is_here():
+    assert set(VARIANTS) == {*MIXERS.names(), *CHANNELS.names()}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_law(name, label, law):
+    if law == "registration" and (name, label) not in FIRST:
+        pytest.skip("variants of a layer share their ops and code; the first is compiled")
+    check_law(law, _factory(name), d_model=16, **VARIANTS[name][label])
+
+
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_laws_over_chunk_boundaries(name, label):
+    """The ops' own chunk is 64 tokens."""
+    layer = _layer(name, label)
+    laws.split(layer, length=131, batch_size=1)
+    laws.packing(layer, chunk_size=64)
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+@pytest.mark.parametrize(("name", "label"), FIRST)
+def test_exactness_on_backend_in_float32(name, label, backend):
+    """The kernels themselves, most of which take float32 and not float64."""
+    layer = _layer(name, label)
+    try:
+        with seqmodels.backend(backend):
+            laws.split(layer, dtype=torch.float32)
+            laws.packing(layer, dtype=torch.float32)
+            laws.batch(layer, dtype=torch.float32)
+    except seqmodels.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "label"), FIRST)
+def test_inductor(name, label):
+    laws.registration(_layer(name, label), backend="inductor", opcheck=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "label"), CASES)
+def test_laws_on_gpu(name, label):
+    layer = _layer(name, label)
+    laws.backend_agreement(layer, device="cuda")
+    for law in (laws.split, laws.packing, laws.batch):
+        law(layer, device="cuda", dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "label"), FIRST)
+def test_compiles_on_gpu(name, label):
+    laws.registration(_layer(name, label), device="cuda", backend="inductor")
