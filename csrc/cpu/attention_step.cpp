@@ -1,4 +1,4 @@
-// One decode token of softmax attention over a key-value cache, at the speed of memory.
+// One decode token of softmax attention over a key-value cache.
 //
 //     y_h = sum_j softmax_j(scale q_h . k_j) v_j    over the filled slots of the row's cache
 //

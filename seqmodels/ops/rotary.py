@@ -53,7 +53,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x[..., :half], x[..., half : 2 * half]
-    parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    parts = [
+        torch.addcmul(first * cos, second, sin, value=-1).to(x.dtype),
+        torch.addcmul(second * cos, first, sin).to(x.dtype),
+    ]
     if 2 * half < x.shape[-1]:
         parts.append(x[..., 2 * half :])
     return torch.cat(parts, dim=-1)
