@@ -65,6 +65,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Deletes all complete checkpoints but the newest ``keep``."""
+    for old in list_checkpoints(folder)[:-keep]:
+        _delete(old)
+
+
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, config: str, here: Processes, *, keep: int) -> Path:
     """Writes ``folder/step_########`` and deletes all but the newest ``keep``. Every process must call it.
 
@@ -91,8 +97,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, config: str
             _delete(final)
         os.replace(temporary, final)
         _flush(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            _delete(old)
+        prune_checkpoints(folder, keep)
 
     try:
         here.on_main(start)

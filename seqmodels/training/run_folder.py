@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from seqmodels.configuration import convert, differences, dump_yaml, load_yaml
-from seqmodels.training.checkpoint import list_checkpoints, remove_leftovers
+from seqmodels.training.checkpoint import list_checkpoints, prune_checkpoints, remove_leftovers
 from seqmodels.training.config import FREE_ON_RESUME, TrainConfig
 
 
@@ -71,6 +71,7 @@ class RunFolder:
             )
         with _writing(path):
             remove_leftovers(run.checkpoints)
+            prune_checkpoints(run.checkpoints, config.checkpoint.keep)
         return run
 
     @classmethod

@@ -1,0 +1,46 @@
+"""What each of two gloo processes does; started by test_distributed.py with FOLDER and the rendezvous in the environment."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from training_cases import tiny_config
+
+from seqmodels.training.loop import train
+
+PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv linear_attention swiglu"}
+PLAIN["layers"] = {"linear_attention": {"num_heads": 2, "decay": "fixed"}}
+CHANGES = {"model": PLAIN, "accumulation": 2, "checkpoint": {"every": 3, "keep": 9}}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        for parallel in ("ddp", "fsdp"):
+            config = tiny_config(folder / f"rank{dist.get_rank()}", parallel=parallel, **CHANGES)
+            train(config, folder / parallel)
+        # The sharded run again from its first checkpoint.
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "fsdp", folder / "resumed")
+            for name in ("step_00000006", "step_00000008"):
+                shutil.rmtree(folder / "resumed" / "checkpoints" / name)
+        dist.barrier()
+        config = tiny_config(folder / f"rank{dist.get_rank()}", parallel="fsdp", **CHANGES)
+        train(config, folder / "resumed", resume=True)
+        # An error of the main process reaches the other one.
+        try:
+            train(config, folder / "resumed")
+        except RuntimeError as error:
+            (folder / f"error_{dist.get_rank()}").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
