@@ -91,17 +91,21 @@ class OpCalls(TorchDispatchMode):
 
 
 def recorded_ops(layer: nn.Module, batch_size: int, length: int) -> list[tuple[Any, Any, Any]]:
-    """(op, args, kwargs) of each distinct custom op call in forward, backward and step."""
-    state = warm_state(layer, batch_size, 3, length + 4)
+    """(op, args, kwargs) of each distinct custom op call in forward, backward and step, plain and packed."""
     x = random_input(layer, batch_size, length).requires_grad_()
+    rows = [[length // 3, length // 2]] * batch_size
+    packed = Layout.packed(rows, length, capacity=2 * batch_size + 1, device=x.device)
     forward, rest = OpCalls(differentiable=True), OpCalls(differentiable=False)
-    with forward:
-        result = layer(x, state, return_state=state is not None)
-    with rest:
-        values = results(result.y, result.state)
-        gradients(layer, weighted(values, cotangents(values)), {"x": x})
-        if state is not None:
-            layer.step(x[:, 0].detach(), result.state.detach())  # type: ignore[operator]
+    for layout in (None, packed):
+        documents = batch_size if layout is None else layout.num_documents
+        state = warm_state(layer, documents, 3, length + 4)
+        with forward:
+            result = layer(x, state, layout=layout, return_state=state is not None)
+        with rest:
+            values = results(result.y, result.state)
+            gradients(layer, weighted(values, cotangents(values)), {"x": x})
+            if state is not None and layout is None:
+                layer.step(x[:, 0].detach(), result.state.detach())  # type: ignore[operator]
     return [*forward.calls.values(), *rest.calls.values()]
 
 

@@ -56,13 +56,16 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     return (actual.detach().double() - expected.detach().double()).abs().max().item()
 
 
-def check_close(where: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> None:
-    """Every tensor within ``relative`` times the largest value of the expected group; integers equal."""
+def check_close(where: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float) -> float:
+    """Every tensor within ``relative`` times the largest value of the expected group; integers equal.
+
+    Returns the worst error as a fraction of its bound.
+    """
     require(
         actual.keys() == expected.keys(),
         f"{where}: the tensors are {sorted(actual)}; expected {sorted(expected)}",
     )
-    bound = relative * scale_of(expected)
+    bound, worst = relative * scale_of(expected), 0.0
     for name, wanted in expected.items():
         found = actual[name]
         require(
@@ -74,10 +77,12 @@ def check_close(where: str, actual: Mapping[str, Tensor], expected: Mapping[str,
             continue
         error = max_error(found, wanted)
         if not error <= bound:  # also when the error is NaN
-            raise Violated(f"{where}: {name} differs by {error:.3g}{_worst(found, wanted)}; bound {bound:.3g}")
+            raise Violated(f"{where}: {name} differs by {error:.3g}{_position(found, wanted)}; bound {bound:.3g}")
+        worst = max(worst, error / bound if bound else 0.0)
+    return worst
 
 
-def _worst(found: Tensor, wanted: Tensor) -> str:
+def _position(found: Tensor, wanted: Tensor) -> str:
     difference = (found.detach().double() - wanted.detach().double()).abs()
     if not torch.isfinite(difference).all():
         difference = torch.where(torch.isfinite(difference), 0.0, torch.inf)
