@@ -85,10 +85,8 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     wrong = _differences(tensors, model.state_dict())
     if wrong:
         raise ModelFolderError(f"{path} does not fit this model's configuration:\n  " + "\n  ".join(wrong))
-    first = next(iter(tensors.values()))
-    if first.is_floating_point():
-        model.to(first.dtype)
-    model.load_state_dict(tensors)
+    # Every parameter takes the dtype it was stored in: low-precision layers keep some in float32.
+    model.load_state_dict(tensors, assign=True)
 
 
 def _find_weights(folder: Path) -> Path:
