@@ -74,7 +74,7 @@ def _scan(
     else:
         first = document * length + offset
         size = length - offset
-    size = tl.minimum(tl.maximum(size, 0), segment_length)
+    size = tl.minimum(tl.maximum(size, 0), segment_length).to(tl.int32)
 
     TOKENS: tl.constexpr = BLOCK_M // RANK
     rows = tl.arange(0, BLOCK_M)
@@ -114,11 +114,13 @@ def _scan(
     for step in range(num_chunks):
         chunk = num_chunks - 1 - step if REVERSE else step
         # 64-bit for the chunk, 32-bit inside it.
-        origin = first + chunk * TOKENS
+        origin = first + (chunk * TOKENS).to(tl.int64)
         origin_row = origin * RANK
         # Positions, not offsets inside the chunk, so that the masks made of them are not kept in registers.
-        position = chunk.to(tl.int32) * TOKENS + token
-        row_ok = (rows < TOKENS * RANK) & (position < size)
+        position = chunk * TOKENS + token
+        row_ok = position < size
+        if BLOCK_M % RANK:
+            row_ok &= rows < TOKENS * RANK
         token_offset = token * heads + head
         row_offsets = rows * heads + head
         key_tile = tl.load(
@@ -188,6 +190,10 @@ def _scan(
             if dot_with is None:
                 weight = tl.where(same, own_weight[:, None], weight)
             scores *= weight
+            if NORMALIZE:
+                seen = tl.sum(query_tile.to(tl.float32) * column[None, :], 1)
+                total = tl.sum(scores, 1) + row_factor * seen + epsilon
+            weighted_scores = scores.to(value_tile.dtype)
 
             result = tl.dot(query_tile, state.to(query_tile.dtype), input_precision=PRECISION)
             if lane is not None:
@@ -200,7 +206,7 @@ def _scan(
             if dot_with is not None:
                 # The part that decays, apart from the diagonal: its dot product with the operand it is
                 # the gradient of is what the decays' gradient is made of.
-                result = tl.dot(scores.to(value_tile.dtype), value_tile, result, input_precision=PRECISION)
+                result = tl.dot(weighted_scores, value_tile, result, input_precision=PRECISION)
                 other = tl.load(
                     dot_with + (origin_row * dot_heads + head * dot_heads // heads) * VALUE_DIM
                     + (rows[:, None] * (dot_heads * VALUE_DIM) + values[None, :]),
@@ -218,10 +224,7 @@ def _scan(
                 if past is not None:
                     if REVERSE:
                         result *= past_weight[:, None]
-                if NORMALIZE:
-                    seen = tl.sum(query_tile.to(tl.float32) * column[None, :], 1)
-                    total = tl.sum(scores, 1) + row_factor * seen + epsilon
-                result = tl.dot(scores.to(value_tile.dtype), value_tile, result, input_precision=PRECISION)
+                result = tl.dot(weighted_scores, value_tile, result, input_precision=PRECISION)
                 if NORMALIZE:
                     result /= total[:, None]
                     tl.store(
