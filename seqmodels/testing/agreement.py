@@ -35,6 +35,7 @@ def backend_agreement(
     *,
     backends: Iterable[str] | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
+    autocast: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
     batch_size: int = 2,
     length: int = 37,
@@ -55,14 +56,19 @@ def backend_agreement(
     Args:
         backends: those to judge, each of which must run; by default ``auto`` and every one that
             can run this layer here.
+        dtypes: of parameters and inputs, besides float64.
+        autocast: judges float32 parameters under autocast to this dtype as well; None leaves it out.
 
     Returns:
         For each ``backend/dtype`` judged, its worst error as a fraction of its bound.
     """
-    named_backends = None if backends is None else tuple(backends)
+    asked_for = None if backends is None else tuple(backends)
     judged: dict[str, float] = {}
-    for dtype in (torch.float64, *dtypes):
-        low = prepared(layer, dtype, device)
+    modes = [(dtype, False) for dtype in (torch.float64, *dtypes)]
+    if autocast is not None:
+        modes.append((autocast, True))
+    for dtype, automatic in modes:
+        low = prepared(layer, torch.float32 if automatic else dtype, device)
         exact = copy.deepcopy(low).double()
         x = random_input(low, batch_size, length)
         with backend_choice.backend("reference"):
@@ -72,17 +78,19 @@ def backend_agreement(
         exact_start = None if start is None else start.to(dtype=torch.float64)
         truth = _trace(exact, x.double(), exact_start, layout, "reference", weights)
         runs: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for name in ("reference", "torch", *(usable_backends() if named_backends is None else named_backends)):
+        for name in ("reference", "torch", *(usable_backends() if asked_for is None else asked_for)):
             try:
-                runs[name] = _trace(low, x, start, layout, name, weights)
+                with torch.autocast(x.device.type, dtype=dtype, enabled=automatic):
+                    runs[name] = _trace(low, x, start, layout, name, weights)
             except backend_choice.BackendUnavailable:
-                asked_for = named_backends is not None and dtype != torch.float64
-                if name in ("reference", "torch", "auto") or asked_for:
+                must_run = asked_for is not None and dtype != torch.float64
+                if name in ("reference", "torch", "auto") or must_run:
                     raise
+        label_of_mode = f"{'autocast ' if automatic else ''}{str(dtype).removeprefix('torch.')}"
         for name, run in runs.items():
-            if name == "reference" or (named_backends is not None and name not in named_backends):
+            if name == "reference" or (asked_for is not None and name not in asked_for):
                 continue
-            label = f"{name}/{str(dtype).removeprefix('torch.')}"
+            label = f"{name}/{label_of_mode}"
             if dtype == torch.float64:
                 bound = exact_bound(dtype, length)
                 judged[label] = max(check_close(f"{label} {k}", v, truth[k], bound) for k, v in run.items())
