@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -118,6 +119,8 @@ class Operator:
             return reason
         if backend == "cpu" and device_type != "cpu":
             return f"its tensors are on {device_type!r}; C++ kernels run on the CPU"
+        if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"its tensors are on {device_type!r}; Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
         if backend == "cuda" and device_type != "cuda":
             return f"its tensors are on {device_type!r}; CUDA kernels run on a GPU"
         module = self.module(backend)
