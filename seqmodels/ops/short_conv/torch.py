@@ -37,7 +37,8 @@ def forward(
         z, final_state = _packed(x_BLC, weight_WC, bias_C, initial_state, starts, lengths)
     y = silu_function(z) if silu else z
     if starts is not None and lengths is not None:
-        y = y * token_table(starts, lengths, x.shape[0], x.shape[1]).valid.unsqueeze(-1)
+        valid = token_table(starts, lengths, x.shape[0], x.shape[1]).valid
+        y = torch.where(valid.unsqueeze(-1), y, 0)
     return y.to(x.dtype).contiguous(), final_state.clone(memory_format=torch.contiguous_format)
 
 
