@@ -34,9 +34,7 @@ class _Commands(TyperGroup):
         text = ast.get_docstring(ast.parse(_module_path(cmd_name).read_text(encoding="utf-8"))) or ""
         return TyperCommand(cmd_name, help=text.partition("\n")[0])
 
-    def resolve_command(
-        self, ctx: typer.Context, args: list[str]
-    ) -> tuple[str | None, TyperCommand | None, list[str]]:
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, TyperCommand | None, list[str]]:
         name = args[0]
         known = self.list_commands(ctx)
         if name not in known:

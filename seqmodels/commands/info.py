@@ -16,7 +16,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "transformers", "datasets", "flash-attn", "causal-conv1d")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "einops",
+    "safetensors",
+    "transformers",
+    "datasets",
+    "flash-attn",
+    "causal-conv1d",
+)
 COST = {
     "cpu": "ops with C++ kernels run in plain PyTorch on the CPU, several times slower",
     "triton": "GPU tensors run through plain PyTorch or CUDA kernels",
@@ -72,7 +82,9 @@ def _installation(console: Console) -> None:
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         table.add_row(package, _version(package))
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     table.add_row("CPU", threads)
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -98,4 +110,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-

@@ -50,7 +50,7 @@ def _ops(cls: type) -> dict[str, tuple[str, ...]]:
 
     source = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     modules = {
-        node.module.split(".")[2]
+        (node.module or "").split(".")[2]
         for node in ast.walk(source)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seqmodels.ops.")
     }

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqmodels.models.accounting import Account, account
+    from seqmodels.models.classifier import SequenceClassifier
+    from seqmodels.models.config import ClassifierConfig, Initialization, ModelConfig, load_config
+    from seqmodels.models.generation import Decoder, generate
+    from seqmodels.models.hints import parameter_hints
+    from seqmodels.models.language_model import LanguageModel, LossOutput, ModelOutput
+    from seqmodels.models.loading import load_model, save_model
+    from seqmodels.models.loss import next_token_targets
+    from seqmodels.models.sampling import Sampling
+    from seqmodels.models.stack import ModelState, Stack
+    from seqmodels.models.text_generation import TextGenerator
 
 _EXPORTS = {
     "Account": "accounting",
@@ -27,7 +40,28 @@ _EXPORTS = {
     "parameter_hints": "hints",
     "save_model": "loading",
 }
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = [
+    "Account",
+    "ClassifierConfig",
+    "Decoder",
+    "Initialization",
+    "LanguageModel",
+    "LossOutput",
+    "ModelConfig",
+    "ModelOutput",
+    "ModelState",
+    "Sampling",
+    "SequenceClassifier",
+    "Stack",
+    "TextGenerator",
+    "account",
+    "generate",
+    "load_config",
+    "load_model",
+    "next_token_targets",
+    "parameter_hints",
+    "save_model",
+]
 
 
 def __getattr__(name: str) -> Any:

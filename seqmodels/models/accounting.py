@@ -56,5 +56,5 @@ def account(config: ModelConfig, *, length: int, dtype: torch.dtype = torch.floa
     rows.append(Account("norms", len(stack.order) + (config.norm_place == "pre"), norm_parameters, 0, 0))
     head = 0 if config.tie_head else embedding
     rows.append(Account("head (tied)" if config.tie_head else "head", 1, head, 0, 2 * length * embedding))
-    total = Account("total", len(stack.order), *(sum(row[column] for row in rows) for column in (2, 3, 4)))
-    return [*rows, total]
+    parameters, state_bytes, flops = (sum(values) for values in zip(*(row[2:] for row in rows), strict=True))
+    return [*rows, Account("total", len(stack.order), parameters, state_bytes, flops)]

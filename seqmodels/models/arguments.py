@@ -77,9 +77,7 @@ def convert_arguments(name: str, arguments: Mapping[str, Any], where: str) -> di
 def default_arguments(cls: type[Mixer]) -> dict[str, Any]:
     """Every configurable argument of a layer with its default (``...`` where it has none)."""
     parameters = inspect.signature(cls).parameters
-    return {
-        key: ... if required else parameters[key].default for key, (_, required) in _argument_types(cls).items()
-    }
+    return {key: ... if required else parameters[key].default for key, (_, required) in _argument_types(cls).items()}
 
 
 @functools.cache
@@ -128,6 +126,10 @@ def _configurable(annotation: Any) -> Any:
         return annotation
     if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
         return annotation
-    if origin is not None and getattr(origin, "__module__", "") == "collections.abc" and origin.__name__ in ("Sequence", "Mapping"):
+    if (
+        origin is not None
+        and getattr(origin, "__module__", "") == "collections.abc"
+        and origin.__name__ in ("Sequence", "Mapping")
+    ):
         return annotation
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,16 @@ class Branch(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.dropout = dropout
 
+    def members(self) -> list[Mixer]:
+        """The layers in order."""
+        return [cast(Mixer, layer) for layer in self.layers]
+
     def forward(
         self, x: Tensor, state: BranchState | None = None, *, layout: Layout | None = None, return_state: bool = False
     ) -> MixerOutput:
         states: list[Any] = []
         aux: dict[str, Tensor] = {}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.members()):
             if index:
                 x = self.dropout(x)
             before = None if state is None else state.layers[index]
@@ -45,15 +49,15 @@ class Branch(nn.Module):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: BranchState) -> Tensor:
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+        for layer, layer_state in zip(self.members(), state.layers, strict=True):
             x_t = layer.step(x_t, layer_state)
         return x_t
 
     def init_state(self, batch_size: int, **options: Any) -> BranchState:
-        return BranchState(tuple(layer.init_state(batch_size, **options) for layer in self.layers))
+        return BranchState(tuple(layer.init_state(batch_size, **options) for layer in self.members()))
 
     def flops(self, length: int) -> int:
-        return sum(layer.flops(length) for layer in self.layers)
+        return sum(layer.flops(length) for layer in self.members())
 
 
 class Block(nn.Module):
@@ -81,7 +85,7 @@ class Block(nn.Module):
 
     def layers(self) -> list[Mixer]:
         """The layers of the branch in order."""
-        return list(self.layer.layers) if isinstance(self.layer, Branch) else [self.layer]
+        return self.layer.members() if isinstance(self.layer, Branch) else [self.layer]
 
     def step(self, h_t: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         x_t = self.norm(h_t) if self.norm_first else h_t

@@ -39,14 +39,17 @@ class CapturedStep:
         for (_, ours), (_, theirs) in zip(self.state.tensors(), state.tensors(), strict=True):
             ours.copy_(theirs)
 
+    def fits(self, state: ModelState) -> bool:
+        """Whether ``state`` has the structure, shapes and dtypes that the graph was captured with."""
+        return _signature(state) == _signature(self.state)
+
     def __call__(self, tokens: Tensor) -> Tensor:
         """(batch,) ids to (batch, vocab_size) logits, overwritten by the next call."""
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
 
-    @staticmethod
-    def key(state: ModelState) -> tuple:
-        """What a captured step depends on: the structure, shapes and dtypes of the state."""
-        leaves, structure = pytree.tree_flatten(state)
-        return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+def _signature(state: ModelState) -> tuple:
+    leaves, structure = pytree.tree_flatten(state)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -52,7 +52,7 @@ class SequenceClassifier(nn.Module):
                 self.input = nn.Embedding(config.vocab_size, width)
                 if not self.input.weight.is_meta:
                     initialize_embedding(self.input.weight, config.initialization)
-            else:
+            elif config.input_size is not None:
                 self.input = nn.Linear(config.input_size, width)
             self.backbone = Stack(config)
             if config.sequences == 1:
@@ -62,7 +62,7 @@ class SequenceClassifier(nn.Module):
         for spec, layer, site in self.backbone.named_layers():
             if layer.causality == "prefix":
                 raise ValueError(
-                    f"{type(self).__name__}: block {site} ({spec.name}) is a prefix layer, and classification has no prefix; "
+                    f"{type(self).__name__}: block {site} ({spec.name}) is a prefix layer, but there is no prefix; "
                     "use a causal or a bidirectional layer"
                 )
 
@@ -82,9 +82,7 @@ class SequenceClassifier(nn.Module):
             pooled = torch.cat([a, b, a - b, a * b], -1)
         return ClassifierOutput(self.head(pooled), aux)
 
-    def loss(
-        self, inputs: Tensor, labels: Tensor, *, layout: Layout | None = None
-    ) -> tuple[Tensor, ClassifierOutput]:
+    def loss(self, inputs: Tensor, labels: Tensor, *, layout: Layout | None = None) -> tuple[Tensor, ClassifierOutput]:
         """Mean cross-entropy in nats plus auxiliary losses, and the output it is made from.
 
         Args:

@@ -155,7 +155,9 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         resolved = [self._resolve(word, where) for word in words]
         shares = {share for _, share in resolved if share is not None}
         if shares and len(words) > 1:
-            raise ValueError(f"{where}: {'>'.join(words)!r} is a branch of several layers; 'share' is for blocks of one layer")
+            raise ValueError(
+                f"{where}: {'>'.join(words)!r} is a branch of several layers; 'share' is for blocks of one layer"
+            )
         return BlockSpec(tuple(spec for spec, _ in resolved), shares.pop() if shares else None, where)
 
     def _resolve(self, word: str, where: str) -> tuple[LayerSpec, str | None]:
@@ -170,7 +172,9 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         seen: list[str] = []
         while True:
             if word in seen:
-                raise ValueError(f"{where}: {' -> '.join([*seen, word])} is a circle of names; end it in a registered layer")
+                raise ValueError(
+                    f"{where}: {' -> '.join([*seen, word])} is a circle of names; end it in a registered layer"
+                )
             seen.append(word)
             yield word
             base = self.layers.get(word, {}).get("layer")
@@ -229,7 +233,9 @@ class ClassifierConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_
         _check_size("num_classes", self.num_classes)
         if (self.vocab_size is None) == (self.input_size is None):
             raise ValueError("give exactly one of 'vocab_size' (token ids) and 'input_size' (real-valued inputs)")
-        _check_size(*(("vocab_size", self.vocab_size) if self.vocab_size is not None else ("input_size", self.input_size)))
+        _check_size(
+            *(("vocab_size", self.vocab_size) if self.vocab_size is not None else ("input_size", self.input_size))
+        )
 
 
 C = TypeVar("C", bound=StackConfig)
@@ -270,4 +276,3 @@ def _check_size(name: str, value: int | None) -> None:
 def _check_number(name: str, value: float, above: float) -> None:
     if not (math.isfinite(value) and value > above):
         raise ValueError(f"{name} is {value!r}; expected a number above {above:g}")
-

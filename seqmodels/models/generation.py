@@ -14,14 +14,16 @@ from seqmodels.models.language_model import LanguageModel
 from seqmodels.models.sampling import GREEDY, Sampling, draw, token_probabilities
 from seqmodels.models.stack import ModelState
 
+MIN_CAPTURED_LENGTH = 1024
 PREFILL_CHUNK = 8192  # tokens of a prompt at a time: bounds the activations of a long prompt
 
 
 class Decoder:
     """Decodes batches of prompts with one model.
 
-    On CUDA the step is captured in a graph once for each batch size and state shape, and replayed;
-    the graphs live as long as this object, so keep it for many calls.
+    On CUDA the step is captured in a graph once for each batch size and replayed (again when full
+    attention needs a longer cache, whose length is therefore rounded up to a power of two); the
+    graphs live as long as this object, so keep it for many calls.
 
     Args:
         model: put in evaluation mode while it generates.
@@ -41,7 +43,7 @@ class Decoder:
         self.device = device
         self.capture = device.type == "cuda" if capture is None else capture
         self.prefill_chunk = prefill_chunk
-        self._captured: dict[tuple, CapturedStep] = {}
+        self._captured: dict[int, CapturedStep] = {}
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, max_length: int) -> tuple[Tensor, ModelState]:
@@ -72,6 +74,7 @@ class Decoder:
             piece = grid[:, end : end + self.prefill_chunk]
             hidden, state, _ = self.model.encode(piece, state, return_state=True)
             end += piece.shape[1]
+        assert state is not None  # return_state was set
         return self.model.logits(hidden[:, -1]), state
 
     @torch.no_grad()
@@ -103,7 +106,7 @@ class Decoder:
         lengths = _check_prompts(prompts)
         finished = [False] * len(prompts) if finished is None else finished
         with _evaluation(self.model):
-            logits, state = self.prefill(prompts, max_length=max(lengths) + max_new_tokens)
+            logits, state = self.prefill(prompts, max_length=self._capacity(max(lengths) + max_new_tokens))
         captured = self._captured_step(state, len(prompts)) if self.capture and max_new_tokens > 1 else None
         seen = self._seen(prompts) if sampling.repetition_penalty != 1.0 else None
         uniform = _draws(len(prompts), max_new_tokens, seed).to(self.device)
@@ -132,14 +135,19 @@ class Decoder:
                     result[row].append(token)
         return result
 
+    def _capacity(self, length: int) -> int:
+        """Tokens the state must hold; few different numbers where each costs a capture."""
+        return max(MIN_CAPTURED_LENGTH, 1 << (length - 1).bit_length()) if self.capture else length
+
     def _captured_step(self, state: ModelState, batch_size: int) -> CapturedStep:
-        key = (batch_size, CapturedStep.key(state))
-        if key in self._captured:
-            self._captured[key].load(state)
-        else:
-            with _evaluation(self.model):
-                self._captured[key] = CapturedStep(self.model, state, batch_size)
-        return self._captured[key]
+        captured = self._captured.get(batch_size)
+        if captured is not None and captured.fits(state):
+            captured.load(state)
+            return captured
+        self._captured.pop(batch_size, None)  # frees its buffers before the new ones are made
+        with _evaluation(self.model):
+            self._captured[batch_size] = CapturedStep(self.model, state, batch_size)
+        return self._captured[batch_size]
 
     def _seen(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         seen = torch.zeros(len(prompts), self.model.config.vocab_size, dtype=torch.bool)

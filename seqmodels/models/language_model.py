@@ -26,8 +26,8 @@ class ModelOutput(NamedTuple):
     """
 
     logits: Tensor
-    state: ModelState | None = None
-    aux: dict[str, Tensor] = {}
+    state: ModelState | None
+    aux: dict[str, Tensor]
 
 
 class LossOutput(NamedTuple):
@@ -44,8 +44,8 @@ class LossOutput(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor
     num_targets: Tensor
-    state: ModelState | None = None
-    aux: dict[str, Tensor] = {}
+    state: ModelState | None
+    aux: dict[str, Tensor]
 
 
 class LanguageModel(nn.Module):
@@ -98,7 +98,9 @@ class LanguageModel(nn.Module):
     ) -> StackOutput:
         """Hidden vectors (batch, length, d_model) before the head; ``forward`` without its logits."""
         self._check_tokens(tokens, layout)
-        return self.backbone(F.embedding(tokens, self.embedding.weight), state, layout=layout, return_state=return_state)
+        return self.backbone(
+            F.embedding(tokens, self.embedding.weight), state, layout=layout, return_state=return_state
+        )
 
     def forward(
         self,
@@ -208,7 +210,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length), neither empty")
         if layout is not None and layout.document.shape != tokens.shape:
             raise ValueError(
-                f"layout is for a grid of {tuple(layout.document.shape)}; tokens is {tuple(tokens.shape)} (batch, length)"
+                f"layout is for a grid of {tuple(layout.document.shape)}; tokens has shape {tuple(tokens.shape)}"
             )
         check_ids(tokens, self.config.vocab_size, "tokens")
 
@@ -221,7 +223,7 @@ def _check_prefix_targets(targets: Tensor, layout: Layout | None) -> None:
         )
     leaking = inside_prefix(layout) & (targets >= 0)
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~leaking.any(), "a next-token target lies inside a prefix")
+        torch.ops.aten._assert_async.msg(~leaking.any(), "a next-token target lies inside a prefix")
     elif bool(leaking.any()):
         row, column = leaking.nonzero()[0].tolist()
         raise ValueError(

@@ -107,7 +107,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise ModelFolderError(
-            f"cannot read {path} ({size} bytes): {error}. The file is truncated or not safetensors; take another checkpoint"
+            f"cannot read {path} ({size} bytes): {error}. It is truncated or not safetensors; take another checkpoint"
         ) from error
 
 

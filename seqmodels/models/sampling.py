@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIXED_POINT = 2**40  # probabilities as integers: a parallel sum of them is exact, so every device agrees
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -35,7 +37,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}; expected 0 < top_p <= 1, or None to keep all tokens")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}; expected a positive number, 1 for none")
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty!r}; expected a positive number, 1 for none"
+            )
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -62,8 +66,9 @@ def token_probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None 
     probabilities = logits.softmax(1)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-        before = ordered.cumsum(1) - ordered  # the most likely token has nothing before it, so it stays
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        integers = _fixed_point(ordered)
+        before = integers.cumsum(1) - integers  # the most likely token has nothing before it, so it stays
+        ordered = ordered.masked_fill(before >= sampling.top_p * FIXED_POINT, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
         probabilities = probabilities / probabilities.sum(1, keepdim=True)
     return probabilities
@@ -75,7 +80,11 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     The draws come from outside, so that a row's tokens depend on its own numbers alone, whatever
     else is in the batch and on whatever device.
     """
-    cumulative = probabilities.double().cumsum(1)
-    # uniform <= 1 - 2^-24, so the threshold stays below the total in double precision.
-    threshold = uniform.double()[:, None] * cumulative[:, -1:]
+    cumulative = _fixed_point(probabilities).cumsum(1)
+    # uniform <= 1 - 2^-24, so the threshold stays below the total.
+    threshold = (uniform.double()[:, None] * cumulative[:, -1:]).floor().long()
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def _fixed_point(probabilities: Tensor) -> Tensor:
+    return (probabilities.double() * FIXED_POINT).round().long()

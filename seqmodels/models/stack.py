@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,17 @@ class Stack(nn.Module):
         norm = make_norm(config.norm, config.d_model, config.norm_epsilon)
         return Block(layer, norm, dropout, norm_first=config.norm_place == "pre")
 
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.blocks[index])
+
     def layers(self) -> list[Mixer]:
         """Each distinct layer once, in order of first use."""
-        return [layer for block in self.blocks for layer in block.layers()]
+        return [layer for index in range(len(self.blocks)) for layer in self._block(index).layers()]
 
     def named_layers(self) -> Iterator[tuple[LayerSpec, Mixer, int]]:
         """Every layer at every site in order, with its configuration and the number of its block."""
         for site, (index, spec) in enumerate(zip(self.order, self.specs, strict=True)):
-            for layer_spec, layer in zip(spec.layers, self.blocks[index].layers(), strict=True):
+            for layer_spec, layer in zip(spec.layers, self._block(index).layers(), strict=True):
                 yield layer_spec, layer, site
 
     def forward(
@@ -104,7 +107,7 @@ class Stack(nn.Module):
         aux: dict[str, Tensor] = {}
         for site, index in enumerate(self.order):
             before = None if state is None else state.layers[site]
-            block = self.blocks[index]
+            block = self._block(index)
             if recompute:
                 result = checkpoint(block, h, before, layout, return_state, dtype, use_reentrant=False)
             else:
@@ -123,7 +126,7 @@ class Stack(nn.Module):
         if self.config.residual_in_float32:
             h_t = h_t.to(state_dtype(dtype))
         for index, block_state in zip(self.order, state.layers, strict=True):
-            h_t = self.blocks[index].step(h_t, block_state, dtype)
+            h_t = self._block(index).step(h_t, block_state, dtype)
         return self.norm(h_t).to(dtype)
 
     def _check_state(self, state: ModelState) -> None:
@@ -146,14 +149,14 @@ class Stack(nn.Module):
         """The state before the first token. ``max_length`` is needed where a layer's state grows with it."""
         return ModelState(
             tuple(
-                self.blocks[index].layer.init_state(batch_size, max_length=max_length, device=device, dtype=dtype)
+                self._block(index).layer.init_state(batch_size, max_length=max_length, device=device, dtype=dtype)
                 for index in self.order
             )
         )
 
     def flops(self, length: int) -> int:
         """Multiply and add operations of all blocks over one sequence; norms and sums are left out."""
-        return sum(self.blocks[index].layer.flops(length) for index in self.order)
+        return sum(self._block(index).layer.flops(length) for index in self.order)
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ if "test_running_sum" not in MIXERS:
     class RunningSum(Mixer):
         """y_t = scale * sum of x up to t, with an auxiliary loss and a metric."""
 
-        parameter_hints = {"scale": ParameterHint(weight_decay=0.0, learning_rate=1e-3)}
+        parameter_hints: ClassVar = {"scale": ParameterHint(weight_decay=0.0, learning_rate=1e-3)}
 
         def __init__(self, d_model: int, *, factor: float = 1.0, kind: str | nn.Module = "plain") -> None:
             super().__init__(d_model)
@@ -88,3 +88,6 @@ if "test_running_sum" not in MIXERS:
             inside = (layout.position < layout.prefix_lengths[layout.document])[..., None]
             mean = (x * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
             return MixerOutput(mean.expand_as(x), EmptyState() if return_state else None)
+
+        def init_state(self, batch_size: int, **options: Any) -> EmptyState:
+            return EmptyState()

@@ -15,7 +15,13 @@ SHARED = {"again": {"layer": "attention", "num_heads": 2, "share": "a"}, **HYBRI
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_head": False}, {"norm_place": "post"}, {"norm": "none"}, {"pattern": "again gated_conv again swiglu again", "layers": SHARED}],
+    [
+        {},
+        {"tie_head": False},
+        {"norm_place": "post"},
+        {"norm": "none"},
+        {"pattern": "again gated_conv again swiglu again", "layers": SHARED},
+    ],
 )
 def test_rows_are_what_is_allocated_to_the_unit(changes: dict) -> None:
     config = convert({**HYBRID, **changes}, ModelConfig)

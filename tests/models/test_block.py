@@ -111,7 +111,11 @@ def test_depth_scaled_initial_weights() -> None:
 
 
 def test_normal_initial_weights() -> None:
-    config = {**HYBRID, "d_model": 64, "initialization": {"linear_std": 0.02, "embedding_std": 0.5, "residual_scale": None}}
+    config = {
+        **HYBRID,
+        "d_model": 64,
+        "initialization": {"linear_std": 0.02, "embedding_std": 0.5, "residual_scale": None},
+    }
     model = LanguageModel(convert(config, ModelConfig))
     assert abs(model.embedding.weight.std() - 0.5) < 0.02
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]

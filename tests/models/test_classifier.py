@@ -54,7 +54,9 @@ def test_pairs_share_the_stack_and_meet_in_the_head() -> None:
     layout = Layout.packed([[n] for n in lengths], 6)
     padded = model(ids, layout=layout).logits
     a, b = (
-        torch.stack([model.backbone(model.input(ids[i, s, : lengths[2 * i + s]][None])).hidden[0].mean(0) for i in range(3)])
+        torch.stack(
+            [model.backbone(model.input(ids[i, s, : lengths[2 * i + s]][None])).hidden[0].mean(0) for i in range(3)]
+        )
         for s in (0, 1)
     )
     torch.testing.assert_close(padded, model.head(torch.cat([a, b, a - b, a * b], -1)))
@@ -81,7 +83,7 @@ def test_learns_a_rule_that_needs_the_order() -> None:
     for step in range(120):
         ids = tokens(64, 12, vocab_size=4, seed=step)
         labels = (ids[:, -1] > ids[:, -3]).long()
-        loss, output = model.loss(ids, labels)
+        loss, _ = model.loss(ids, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

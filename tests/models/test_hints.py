@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
 from model_helpers import HYBRID, hybrid
@@ -37,7 +38,7 @@ def test_shared_weights_have_one_hint_and_an_outer_module_decides() -> None:
     assert set(parameter_hints(model)) == {NAME}
 
     class Outer(nn.Module):
-        parameter_hints = {f"inner.{NAME}": ParameterHint(learning_rate=0.5)}
+        parameter_hints: ClassVar = {f"inner.{NAME}": ParameterHint(learning_rate=0.5)}
 
         def __init__(self) -> None:
             super().__init__()

@@ -26,7 +26,9 @@ def gradients(model: LanguageModel) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "norm_place": "post"}, {"norm": "none"}, {"tie_head": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "layer", "norm_place": "post"}, {"norm": "none"}, {"tie_head": False}]
+)
 def test_split_and_step_agree_with_the_whole(changes: dict) -> None:
     model, ids = hybrid(**changes), tokens(3, 17)
     whole = model(ids, model.init_state(3, max_length=17), return_state=True)
@@ -38,13 +40,17 @@ def test_split_and_step_agree_with_the_whole(changes: dict) -> None:
             state = output.state
             pieces.append(output.logits)
         close(torch.cat(pieces, 1), whole.logits)
-        for (name, tensor), (_, expected) in zip(state.canonical().tensors(), whole.state.canonical().tensors(), strict=True):
+        for (name, tensor), (_, expected) in zip(
+            state.canonical().tensors(), whole.state.canonical().tensors(), strict=True
+        ):
             torch.testing.assert_close(tensor, expected, **TOLERANCE, msg=name)
     state = model.init_state(3, max_length=17)
     pointers = [tensor.data_ptr() for _, tensor in state.tensors()]
     close(torch.stack([model.step(ids[:, t], state) for t in range(17)], 1), whole.logits)
     assert [tensor.data_ptr() for _, tensor in state.tensors()] == pointers
-    for (name, tensor), (_, expected) in zip(state.canonical().tensors(), whole.state.canonical().tensors(), strict=True):
+    for (name, tensor), (_, expected) in zip(
+        state.canonical().tensors(), whole.state.canonical().tensors(), strict=True
+    ):
         torch.testing.assert_close(tensor, expected, **TOLERANCE, msg=name)
 
 
@@ -57,7 +63,9 @@ def test_gradients_flow_through_a_carried_state() -> None:
     for piece, target in zip(ids.split(5, 1), targets.split(5, 1), strict=True):
         output = model(piece, state, return_state=True)
         state = output.state
-        total = total + torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten(), reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            output.logits.flatten(0, 1), target.flatten(), reduction="sum"
+        )
         count += int((target >= 0).sum())
     (total / count).backward()
     for name, gradient in gradients(model).items():
@@ -226,7 +234,9 @@ def test_residual_stream_in_float32_beside_bfloat16_weights() -> None:
     seen = []
     for block in model.backbone.blocks:
         block.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0].dtype, output[0].dtype)))
-        block.layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0].dtype, output.y.dtype)))
+        block.layer.register_forward_hook(
+            lambda _module, inputs, output: seen.append((inputs[0].dtype, output.y.dtype))
+        )
     ids = tokens(2, 7)
     logits = model(ids).logits
     assert logits.dtype == torch.bfloat16
@@ -299,7 +309,7 @@ def test_token_ids_out_of_range_are_named(value: int) -> None:
 
 def test_wrong_inputs_are_refused() -> None:
     model, ids = hybrid(), tokens(2, 5)
-    with pytest.raises(TypeError, match="dtype torch.float32; expected integers"):
+    with pytest.raises(TypeError, match=r"dtype torch\.float32; expected integers"):
         model(ids.float())
     with pytest.raises(ValueError, match=r"shape \(5,\); expected \(batch, length\)"):
         model(ids[0])

@@ -45,7 +45,11 @@ def test_round_trip_is_exact_for_awkward_values() -> None:
 def test_words_inherit_arguments_and_blocks_override_them() -> None:
     config = make(
         pattern=None,
-        layers={"attention": {"num_heads": 4}, "window": {"layer": "attention", "window": 8}, "wide": {"layer": "window", "window": 32}},
+        layers={
+            "attention": {"num_heads": 4},
+            "window": {"layer": "attention", "window": 8},
+            "wide": {"layer": "window", "window": 32},
+        },
         blocks=["attention window", "wide", {"layer": "window", "window": 64, "num_heads": 2}],
     )
     assert block_list(config) == [
@@ -57,7 +61,9 @@ def test_words_inherit_arguments_and_blocks_override_them() -> None:
 
 
 def test_share_ids_reach_their_blocks() -> None:
-    config = make(pattern="shared swiglu shared", layers={"shared": {"layer": "attention", "num_heads": 2, "share": "a"}})
+    config = make(
+        pattern="shared swiglu shared", layers={"shared": {"layer": "attention", "num_heads": 2, "share": "a"}}
+    )
     assert [block.share for block in config.block_specs()] == ["a", None, "a"]
 
 
@@ -80,11 +86,17 @@ def test_share_ids_reach_their_blocks() -> None:
         ({"pattern": None, "blocks": []}, "blocks is empty"),
         ({"pattern": None, "blocks": [{"window": 3}]}, "blocks.0: a mapping needs the key 'layer'"),
         ({"pattern": "gated_conf"}, "unknown layer 'gated_conf'. Did you mean gated_conv"),
-        ({"layers": {"atention": {"num_heads": 2}}, "pattern": "swiglu"}, "layers.atention: unknown layer 'atention'. Did you mean"),
+        (
+            {"layers": {"atention": {"num_heads": 2}}, "pattern": "swiglu"},
+            "layers.atention: unknown layer 'atention'. Did you mean",
+        ),
         ({"layers": {"a": {"layer": "b"}, "b": {"layer": "a"}}, "pattern": "a"}, "circle of names"),
         ({"layers": {"a": {"layer": 3}}, "pattern": "a"}, "'layer' is 3"),
         ({"layers": {"a": {"layer": "mlp", "share": 3}}, "pattern": "a"}, "'share' is 3"),
-        ({"layers": {"a": {"layer": "mlp", "share": "x"}}, "pattern": "a>mlp"}, "a branch of several layers"),
+        (
+            {"layers": {"a": {"layer": "mlp", "share": "x"}}, "pattern": "a>mlp"},
+            "a branch of several layers; 'share' is for blocks of one layer",
+        ),
     ],
 )
 def test_refusals_name_the_key_and_the_way_out(changes: dict, message: str) -> None:
@@ -126,7 +138,11 @@ def test_layer_arguments_are_checked_against_the_constructor(arguments: dict, me
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"num_heads": 3}, r"block 0 \(attention\).*d_model=16 is not divisible by num_heads=3"), ({"num_heads": 0}, "num_heads is 0"), ({"num_heads": -2}, "num_heads is -2")],
+    [
+        ({"num_heads": 3}, r"block 0 \(attention\).*d_model=16 is not divisible by num_heads=3"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": -2}, "num_heads is -2"),
+    ],
 )
 def test_a_layers_own_refusal_names_its_block(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -136,7 +152,7 @@ def test_a_layers_own_refusal_names_its_block(arguments: dict, message: str) -> 
 def test_a_users_layer_is_configured_like_any_other() -> None:
     config = make(pattern="test_running_sum", layers={"test_running_sum": {"factor": 2}})
     assert LanguageModel(config).backbone.layers()[0].factor == 2.0
-    with pytest.raises(ValueError, match="unknown argument 'factr'. Did you mean factor"):
+    with pytest.raises(ValueError, match=r"unknown argument 'factr'\. Did you mean factor"):
         LanguageModel(make(pattern="test_running_sum", layers={"test_running_sum": {"factr": 2}}))
     with pytest.raises(ValueError, match=r"block 0 \(test_running_sum\): RunningSum: factor is -1"):
         LanguageModel(make(pattern="test_running_sum", layers={"test_running_sum": {"factor": -1.0}}))

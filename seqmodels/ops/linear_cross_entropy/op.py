@@ -57,7 +57,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, chu
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
-            f"linear_cross_entropy: targets is {tuple(targets.shape)}; expected one for each of {hidden.shape[0]} tokens"
+            f"linear_cross_entropy: targets is {tuple(targets.shape)}; expected ({hidden.shape[0]},), one a token"
         )
     if chunk_size is None:
         chunk_size = max(1, CHUNK_ELEMENTS // weight.shape[0])

@@ -20,7 +20,9 @@ def forward(
     cast = weight.to(hidden.dtype)
     loss = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if with_gradients else hidden.new_empty(0)
-    grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if with_gradients else weight.new_empty(0)
+    grad_weight = (
+        torch.zeros(weight.shape, dtype=precise, device=weight.device) if with_gradients else weight.new_empty(0)
+    )
     for start in range(0, tokens, chunk_size):
         rows = hidden[start : start + chunk_size]
         chosen = targets[start : start + chunk_size]
