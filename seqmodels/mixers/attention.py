@@ -110,13 +110,13 @@ class Attention(Mixer):
     ) -> MixerOutput:
         self.check_input(x, state, layout)
         rows = x.shape[0] if layout is None else layout.num_documents
-        cache: dict[str, Tensor] = {}
+        keys, values, position = None, None, None
         if state is not None:
             self.check_state(state, rows, max_length=self._capacity_of(state))
-            cache = {"key_cache": state.key, "value_cache": state.value, "position": state.position}
+            keys, values, position = state.key, state.value, state.position
         q, k, v = self.project(x)
-        q, k = self.rotate(q, k, token_positions(x, cache.get("position"), layout))
-        y = attention(q, k, v, window=self.window, layout=layout, **cache)
+        q, k = self.rotate(q, k, token_positions(x, position, layout))
+        y = attention(q, k, v, window=self.window, layout=layout, key_cache=keys, value_cache=values, position=position)
         after = None
         if return_state:
             if state is None:

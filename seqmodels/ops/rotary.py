@@ -34,7 +34,7 @@ def rotary_tables(
     """
     exact = state_dtype(dtype)
     exponents = torch.arange(0, dim, 2, device=position.device, dtype=exact) / -dim
-    angle = position.unsqueeze(-1).to(exact) * base**exponents
+    angle = position.unsqueeze(-1) * base**exponents
     return angle.cos(), angle.sin()
 
 

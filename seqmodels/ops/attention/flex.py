@@ -43,7 +43,7 @@ def forward(
 ) -> Tensor:
     if key_cache is not None and position is not None and (window is None or key_cache.shape[2] < window):
         count = q.shape[1] if layout is None else layout.lengths
-        torch._assert_async(
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             (position + count <= key_cache.shape[2]).all(), "attention: the cache is full; use a larger max_length"
         )
     query_document, query_position = _tokens(q, position, layout)

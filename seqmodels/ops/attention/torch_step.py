@@ -34,7 +34,9 @@ def forward(
                 "make the state with a larger max_length"
             )
     elif bounded:
-        torch._assert_async((position < capacity).all(), "attention_step: the cache is full; use a larger max_length")
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+            (position < capacity).all(), "attention_step: the cache is full; use a larger max_length"
+        )
     index = (position % capacity).view(-1, 1, 1, 1).expand(-1, groups, 1, head_dim)
     key_cache.scatter_(2, index, k.unsqueeze(2))
     value_cache.scatter_(2, index, v.unsqueeze(2))
