@@ -17,6 +17,7 @@ from seqmodels.ops.attention import append_to_cache, attention, attention_step, 
 from seqmodels.ops.attention import flash as flash_path
 from seqmodels.ops.attention import op as attention_op
 from seqmodels.ops.attention import torch as blocked
+from seqmodels.ops.attention.flex import needed_blocks
 from seqmodels.ops.rotary import rotary, rotary_tables, token_positions
 
 LENGTH = 150
@@ -25,7 +26,7 @@ LAYOUTS = {
     "packed": lambda: Layout.packed([[40, 1, 90], [150], [3, 70]], LENGTH, capacity=9),
     "left_padded": lambda: Layout.left_padded([150, 1, 77]),
 }
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch")  # "cpu" and "auto" are "torch" here
 
 
 def inputs(heads: int = 4, groups: int = 2, head_dim: int = 8, batch: int = 3, length: int = LENGTH) -> list[Tensor]:
@@ -73,6 +74,15 @@ def test_equals_dense_masked_attention(window: int | None, layout_name: str, bac
         found = gradients(y, leaves)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, gradients(expected, leaves), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_other_names_of_the_blocked_path(backend: str) -> None:
+    leaves = [leaf.detach() for leaf in inputs()]
+    with seqmodels.backend("torch"):
+        expected = [attention(*leaves, window=window) for window in (None, 9)]
+    with seqmodels.backend(backend):
+        assert all(torch.equal(attention(*leaves, window=w), y) for w, y in zip((None, 9), expected, strict=True))
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 1), (6, 3)])
@@ -293,7 +303,15 @@ def test_registration(dynamic: str) -> None:
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 40])
 def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_name: str, cached: bool) -> None:
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    blocks = []
+
+    def uncompiled(*tensors: Tensor, block_mask: flex.BlockMask, **options: object) -> Tensor:
+        blocks.append(block_mask.to_dense()[0, 0].bool())
+        return flex.flex_attention(*tensors, block_mask=block_mask, **options)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: uncompiled)
+    monkeypatch.setattr(flex, "needed_blocks", lambda *args: needed.append(needed_blocks(*args)) or needed[-1])
+    needed: list[Tensor] = []
     layout = LAYOUTS[layout_name]()
     q, k, v = (tensor.detach() for tensor in inputs())
     cache: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -310,6 +328,7 @@ def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
                 key_cache=cache[0], value_cache=cache[1], position=cache[2],
             )  # fmt: skip
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(blocks[0], needed[0])  # uncompiled, FlexAttention looks at pairs only
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
@@ -320,7 +339,7 @@ def test_flex_skips_only_blocks_without_pairs(window: int | None, cached: int) -
     slot_document = torch.randint(-1, 6, (cached,))
     slot_document[slot_document < 0] = -2  # an empty slot
     key_document = torch.cat([slot_document, torch.where(query_document < 0, -2, query_document)])
-    needed = flex.needed_blocks(query_document, key_document, cached, window)
+    needed = needed_blocks(query_document, key_document, cached, window)
     key_position = torch.cat([torch.full((cached,), -1), position])
     distance = position[:, None] - key_position
     pairs = (query_document[:, None] == key_document) & (distance >= 0)
