@@ -44,7 +44,7 @@ class Results:
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.suite = suite
-        self._stamp = {"machine": machine_name or machine(), "versions": versions(), "commit": commit()}
+        self.stamp = {"machine": machine_name or machine(), "versions": versions(), "commit": commit()}
         _end_last_line(self.path)
 
     def write(
@@ -76,7 +76,7 @@ class Results:
             value = None
         row: dict[str, Any] = {
             "suite": self.suite, "case": case, "layer": layer, "backend": backend, "metric": metric, "value": value,
-            "unit": unit, "seed": seed, "config": dict(config or {}), "rival": rival, **self._stamp,
+            "unit": unit, "seed": seed, "config": dict(config or {}), "rival": rival, **self.stamp,
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }  # fmt: skip
         with self.path.open("a", encoding="utf-8") as file:
@@ -90,7 +90,7 @@ class Results:
             for row in read(self.path)
             if row["suite"] == self.suite
             and row["value"] is not None
-            and all(row[name] == self._stamp[name] for name in ("machine", "commit"))
+            and all(row[name] == self.stamp[name] for name in ("machine", "commit"))
             and metric in (None, row["metric"])
         }
 

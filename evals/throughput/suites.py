@@ -1,0 +1,150 @@
+"""Which cases each suite runs, most important first.
+
+Layers come from the registry: a new one is measured by being in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Iterator, Sequence
+
+from evals.throughput.problem import Case
+from seqmodels.mixers import MIXERS
+
+SUITES = ("cpu", "gpu")
+SLOPE_LENGTHS = (2048, 8192, 32768)
+
+
+def cases(suite: str) -> list[Case]:
+    """The cases of a suite by priority.
+
+    Raises:
+        ValueError: an unknown suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SUITES)}")
+    found = {case.name: case for case in (_cpu() if suite == "cpu" else _gpu())}
+    return sorted(found.values(), key=lambda case: case.priority)
+
+
+def select(available: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
+    """Cases by full name, by layer or op name, or by pattern (``*mamba3*decode*``).
+
+    Raises:
+        ValueError: something that matches nothing, with the nearest names.
+    """
+    if not wanted:
+        return list(available)
+    kept: dict[str, Case] = {}
+    for text in wanted:
+        matching = [case for case in available if text in (case.name, case.layer) or fnmatch.fnmatch(case.name, text)]
+        if not matching:
+            names = [case.name for case in available] + sorted({case.layer for case in available})
+            near = difflib.get_close_matches(text, names, n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--list shows all"
+            raise ValueError(f"no case is called or matches {text!r}; {hint}")
+        kept.update((case.name, case) for case in matching)
+    return [case for case in available if case.name in kept]
+
+
+def recurrent_layers() -> list[str]:
+    """Causal layers whose state does not grow with the context: cost must be linear in length."""
+    return [name for name in MIXERS.names() if _on_meta(name, constant_state=True)]
+
+
+def layer_options(name: str, d_model: int) -> dict[str, int]:
+    """What the constructor asks for beside the width: heads of 64."""
+    parameters = inspect.signature(MIXERS[name]).parameters
+    needs_heads = "num_heads" in parameters and parameters["num_heads"].default is inspect.Parameter.empty
+    return {"num_heads": d_model // 64} if needs_heads else {}
+
+
+def _on_meta(name: str, *, constant_state: bool) -> bool:
+    from seqmodels.models.arguments import build_layer
+    from seqmodels.models.initialization import construction
+
+    with construction("meta", None):
+        layer = build_layer(name, 128, layer_options(name, 128), name)
+    if layer.causality != "causal":
+        return False
+    return (layer.state_bytes(4096) == layer.state_bytes(8192)) == constant_state
+
+
+def _layer(name: str, mode: str, dtype: str, batch: int, length: int, d_model: int, priority: int, **options) -> Case:
+    rivals = options.pop("rivals", True)
+    sizes = {"d_model": d_model, **layer_options(name, d_model), **options}
+    return Case("layer", name, mode, dtype, batch, length, sizes, priority, rivals)
+
+
+def _model(name: str, mode: str, dtype: str, batch: int, length: int, sizes: dict[str, int], priority: int) -> Case:
+    return Case("model", name, mode, dtype, batch, length, {**sizes, **layer_options(name, sizes["d_model"])}, priority)
+
+
+def _cpu() -> Iterator[Case]:
+    """float32; the shapes of the CPU table in the performance notes (two layers of width 512; 16 heads of 64)."""
+    float32 = "float32"
+    recurrence = {"H": 16, "P": 64, "N": 128}
+    for name in ("linear_attention", "mamba3"):
+        yield Case("op", name, "forward", float32, 1, 4096, recurrence, 0)
+        yield Case("op", name, "forward+backward", float32, 1, 1024, recurrence, 0)
+    yield Case("op", "mamba3", "forward", float32, 1, 1024, {**recurrence, "R": 4}, 2)
+    for mode in ("forward", "forward+backward"):
+        yield Case("op", "short_conv", mode, float32, 1, 4096, {"C": 1280, "W": 4}, 1)
+    yield Case("op", "attention", "forward", float32, 1, 4096, {"H": 8, "P": 64}, 3)
+    for name in ("mamba2", "mamba3"):
+        yield _layer(name, "forward", float32, 1, 1024, 512, 0)
+        yield _layer(name, "forward", float32, 1, 4096, 512, 0)
+        yield _layer(name, "forward+backward", float32, 1, 1024, 512, 0)
+    small = {"d_model": 512, "layers": 2, "vocab_size": 1024}
+    for name in ("mamba2", "mamba3", "attention"):
+        for batch in (1, 4, 16):
+            yield _model(name, "decode", float32, batch, 1024, small, 1)
+        for length in (4096, 16384):
+            yield _model(name, "decode", float32, 1, length, small, 2)
+        yield _model(name, "prefill", float32, 1, 1024, small, 2)
+    for name in recurrent_layers():
+        for length in SLOPE_LENGTHS:
+            yield _layer(name, "forward", float32, 1, length, 256, 3, rivals=False)
+        yield _layer(name, "decode", float32, 1, 1024, 256, 4, rivals=False)
+    for name in MIXERS.names():
+        if _on_meta(name, constant_state=True) or _on_meta(name, constant_state=False):
+            yield _layer(name, "forward+backward", float32, 1, 1024, 256, 5, rivals=False)
+
+
+def _gpu() -> Iterator[Case]:
+    """bfloat16; the shapes of the published tables and of the floors in the performance notes."""
+    bfloat16 = "bfloat16"
+    attention = {"H": 32, "P": 64, "N": 64, "G": 32}
+    recurrence = {"H": 32, "P": 64, "N": 128}
+    for mode, priority in (("forward", 0), ("forward+backward", 1)):
+        for length in (8192, 2048, 32768):
+            late = priority + 2 * (length != 8192)
+            yield Case("op", "mamba3", mode, bfloat16, 8, length, recurrence, late)
+            yield Case("op", "linear_attention", mode, bfloat16, 8, length, attention, late)
+            yield Case("op", "mamba3", mode, bfloat16, 8, length, {**recurrence, "R": 4}, late + 2)
+        # 65,536 tokens, 16 heads, keys of 128 and values of 256: the published chunkwise kernels
+        for length in (2048, 8192, 32768):
+            wide = {"H": 16, "P": 256, "N": 128, "G": 16}
+            yield Case("op", "linear_attention", mode, bfloat16, 65536 // length, length, wide, priority + 1)
+        yield Case("op", "short_conv", mode, bfloat16, 8, 8192, {"C": 4352, "W": 4}, priority)
+        yield Case("op", "attention", mode, bfloat16, 8, 8192, {"H": 16, "P": 128}, priority + 3)
+        yield Case("op", "mamba3", mode, bfloat16, 1, 32768, recurrence, priority + 1)
+        yield Case("op", "linear_attention", mode, bfloat16, 1, 32768, attention, priority + 1)
+    for name in ("mamba3", "mamba2"):
+        for batch in (128, 1):
+            yield _layer(name, "decode", bfloat16, batch, 1024, 2048, 1)
+        yield _layer(name, "forward", bfloat16, 8, 2048, 2048, 1)
+        yield _layer(name, "forward+backward", bfloat16, 8, 2048, 2048, 2)
+        yield _layer(name, "forward", bfloat16, 1, 128, 2048, 3)
+    large = {"d_model": 2048, "layers": 24, "vocab_size": 32768}
+    for name in ("mamba3", "mamba2"):
+        for batch in (1, 128):
+            yield _model(name, "decode", bfloat16, batch, 1024, large, 3)
+        yield _model(name, "prefill", bfloat16, 8, 2048, large, 4)
+    for name in recurrent_layers():
+        for length in SLOPE_LENGTHS:
+            yield _layer(name, "forward", bfloat16, 2, length, 1024, 5, rivals=False)
+        for length in (1024, 16384):
+            yield _layer(name, "decode", bfloat16, 16, length, 1024, 6, rivals=False)
