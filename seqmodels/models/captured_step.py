@@ -20,14 +20,19 @@ class CapturedStep:
     WARM_UP = 3  # runs before the capture, so that kernels are compiled and workspaces allocated
 
     def __init__(self, model: LanguageModel, state: ModelState, batch_size: int) -> None:
+        self.device = model.embedding.weight.device
+        with torch.cuda.device(self.device):
+            self._capture(model, state, batch_size)
+
+    def _capture(self, model: LanguageModel, state: ModelState, batch_size: int) -> None:
         self.state = state.clone()
-        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=model.embedding.weight.device)
-        stream = torch.cuda.Stream(self.tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP):
                 model.step(self.tokens, self.state)
-        torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         # The warm-up has advanced the positions; every capture and replay must start from a valid state.
         self.load(state)
         self.graph = torch.cuda.CUDAGraph()

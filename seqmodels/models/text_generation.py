@@ -12,7 +12,7 @@ from seqmodels.models.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from seqmodels.tasks.tokenizer import Tokenizer
 
-LONGEST_CHARACTER = 4  # bytes of a UTF-8 character: an incomplete one is not waited for longer than this
+LONGEST_CHARACTER = 4  # bytes, and so at most as many tokens, of a UTF-8 character
 
 
 class TextStream:
@@ -44,11 +44,17 @@ class TextStream:
 
     def _decode(self, final: bool) -> str:
         before = self.tokenizer.decode(self._tokens[self._context : self._decoded])
+        end = len(self._tokens)
         text = self.tokenizer.decode(self._tokens[self._context :])
-        waiting = len(self._tokens) - self._decoded
-        if not final and text.endswith("\N{REPLACEMENT CHARACTER}") and waiting < LONGEST_CHARACTER:
-            return ""
-        self._context, self._decoded = self._decoded, len(self._tokens)
+        if not final and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            # The last tokens may be an incomplete character; what is before them will never be one.
+            end -= LONGEST_CHARACTER - 1
+            if end <= self._decoded:
+                return ""
+            text = self.tokenizer.decode(self._tokens[self._context : end])
+        else:  # a boundary between characters: decoding may restart here
+            self._context = self._decoded
+        self._decoded = end
         return text[len(before) :]
 
     def _release(self, text: str, final: bool) -> str:

@@ -24,10 +24,20 @@ def test_characters_of_several_bytes_come_whole() -> None:
     assert pieces == ["a", "", "é", "", "", "漢", "", "", "", "🙂", "z", ""]
 
 
-def test_bytes_that_are_no_text_do_not_hold_back_the_rest() -> None:
-    content = b"a\xff\xff\xff\xff\xff\xffb\xe6"
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a\xff\xff\xff\xff\xff\xffb\xe6",
+        b"\xff\xff\xff" + "漢".encode() + b"\xff\xf0\x9f" + "🙂é".encode(),
+        bytes(torch.randint(128, 256, (400,), generator=torch.Generator().manual_seed(0)).tolist()),
+    ],
+)
+def test_bytes_that_are_no_text_do_not_hold_back_the_rest(content: bytes) -> None:
     pieces, _ = stream(content)
     assert "".join(pieces) == content.decode("utf-8", errors="replace")
+    for end in range(4, len(content)):
+        so_far = "".join(pieces[:end])
+        assert len(content[: end - 3].decode("utf-8", errors="replace")) - 1 <= len(so_far)
 
 
 @pytest.mark.parametrize("stop", [("END",), ("xyz", "END"), ("NDs", "END"), ("D", "END")])

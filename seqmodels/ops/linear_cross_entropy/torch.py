@@ -28,14 +28,12 @@ def forward(
         chosen = targets[start : start + chunk_size]
         counted = chosen >= 0
         chosen = chosen.clamp(min=0)
-        logits = torch.mm(rows, cast.t()).to(precise)
-        log_normalizer = logits.logsumexp(1)
-        losses = log_normalizer - logits.gather(1, chosen[:, None])[:, 0]
-        loss += torch.where(counted, losses, 0.0).sum()
+        log_probabilities = torch.mm(rows, cast.t()).log_softmax(1, dtype=precise)
+        loss -= torch.where(counted, log_probabilities.gather(1, chosen[:, None])[:, 0], 0.0).sum()
         if not with_gradients:
             continue
         # softmax - one_hot, in place; rows that do not count become zero.
-        grad_logits = logits.sub_(log_normalizer[:, None]).exp_()
+        grad_logits = log_probabilities.exp_()
         row = torch.arange(rows.shape[0], device=hidden.device)
         grad_logits[row, chosen] -= 1.0
         grad_logits = grad_logits.masked_fill_(~counted[:, None], 0.0).to(hidden.dtype)
