@@ -60,7 +60,7 @@ def mamba3_step(
     parameters = (dt_bias, b_weight, c_weight, b_bias, c_bias, skip, mimo_x, mimo_z, mimo_o, norm_weight)
     return _operator(
         projected,
-        *(None if parameter is None else parameter.to(wide) for parameter in parameters),
+        *(parameter if parameter is None or parameter.dtype == wide else parameter.to(wide) for parameter in parameters),
         *fields,
         projection.num_groups,
         pairing,
@@ -85,5 +85,5 @@ _operator = Operator(
     "str a_activation, float a_floor, str rotation, bool trapezoid, float epsilon",
     outputs=1,
     fake=_fake,
-    modules={"reference": f"{_PACKAGE}.step_reference", "torch": f"{_PACKAGE}.step_torch"},
+    modules={name: f"{_PACKAGE}.step_{name}" for name in ("reference", "torch", "cpu")},
 )
