@@ -114,8 +114,8 @@ class Attention(Mixer):
         if state is not None:
             self.check_state(state, rows, max_length=self._capacity_of(state))
             keys, values, position = state.key, state.value, state.position
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, token_positions(x, position, layout))
+        qk, v = self.project(x)
+        q, k = self.rotate(qk, token_positions(x, position, layout))
         y = attention(q, k, v, window=self.window, layout=layout, key_cache=keys, value_cache=values, position=position)
         after = None
         if return_state:
@@ -126,8 +126,8 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: AttentionState) -> Tensor:
-        q, k, v = self.project(x_t)
-        q, k = self.rotate(q, k, state.position)
+        qk, v = self.project(x_t)
+        q, k = self.rotate(qk, state.position)
         y = attention_step(q, k, v, state.key, state.value, state.position, window=self.window)
         state.position.add_(1)
         return self.out_proj(y.flatten(-2))
@@ -166,20 +166,21 @@ class Attention(Mixer):
         pairs = window * (window + 1) // 2 + (length - window) * window
         return super().flops(length) + 4 * self.num_heads * self.head_dim * pairs
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (..., num_heads, head_dim), k and v (..., num_kv_heads, head_dim), not rotated."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k side by side (..., num_heads + num_kv_heads, head_dim), not rotated, and v."""
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=-2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
+        return qk, v
 
-    def rotate(self, q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k turned to their absolute positions, (batch, length), (length,) or (batch,)."""
-        if self.rotary_dim == 0:
-            return q, k
-        cos, sin = rotary_tables(position, self.rotary_dim, base=self.rotary_base, dtype=q.dtype)
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+    def rotate(self, qk: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, turned to their absolute positions: (length,), (batch, length), or (batch,) in a step."""
+        if self.rotary_dim:
+            qk = rotary(qk, *rotary_tables(position, self.rotary_dim, base=self.rotary_base, dtype=qk.dtype))
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=-2)
+        return q, k
 
     def _capacity_of(self, state: Any) -> int:
         """The capacity that a given state claims; 1 for what is no such state, which the check refuses."""
