@@ -401,6 +401,24 @@ def test_gpu_matches_the_definition(window: int | None, layout_name: str) -> Non
         torch.testing.assert_close(gradient.cpu().double(), wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "capacity"), [(None, 120), (8, 8)])
+def test_gpu_cache_and_step(window: int | None, capacity: int) -> None:
+    new, seen = 20, [0, 5, 40]
+    history = [tensor.detach().float() for tensor in inputs(head_dim=32, length=61)]
+    expected = dense(*(tensor.double() for tensor in history), visible_pairs(None, 3, 61, window))
+    cache = [tensor.cuda() for tensor in caches_of(history[1], history[2], seen, capacity)]
+    chunk = [torch.stack([t[row, count : count + new] for row, count in enumerate(seen)]).cuda() for t in history]
+    y = attention(*chunk, window=window, key_cache=cache[0], value_cache=cache[1], position=cache[2])
+    caches = append_to_cache(*cache, chunk[1], chunk[2])
+    token = [torch.stack([t[row, count + new] for row, count in enumerate(seen)]).cuda() for t in history]
+    y_t = attention_step(*token, *(cache.contiguous() for cache in caches[:2]), caches[2], window=window)
+    for row, count in enumerate(seen):
+        wanted = expected[row, count : count + new + 1]
+        torch.testing.assert_close(y[row].cpu().double(), wanted[:-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y_t[row].cpu().double(), wanted[-1], rtol=1e-4, atol=1e-4)
+
+
 # ---- rotary
 
 
