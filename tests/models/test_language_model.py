@@ -356,3 +356,21 @@ def test_unused_tensor_dtypes_and_devices() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_carried_state_recompiles_nothing() -> None:
+    model = hybrid(dtype=torch.float32).eval()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        state, expected = model.init_state(2, max_length=99), model.init_state(2, max_length=99)
+        for length in (12, 19, 33, 5):
+            ids = tokens(2, length)
+            output, wanted = (
+                compiled(ids, state, return_state=True),
+                model(ids, expected, return_state=True),
+            )
+            torch.testing.assert_close(output.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+            state, expected = output.state, wanted.state
+    assert counter.frame_count <= 2
