@@ -75,6 +75,19 @@ def _error(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
+def _conditioning(tensors, wanted):
+    """How much larger the terms of log_decay's gradient are than the gradient itself.
+
+    The kernel sums dQ.Q - dK.K from each token to the end; each dot product is rounded relative to
+    |dQ||Q| and |dK||K|, and independent roundings add in squares.
+    """
+    terms = sum(
+        (wanted[name].flatten(2).norm(dim=-1) * tensors[name].flatten(2).norm(dim=-1)) ** 2 for name in ("q", "k")
+    )
+    suffix = terms.flip(1).cumsum(1).flip(1).sqrt()
+    return float(suffix.norm() / wanted["log_decay"].norm())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_against_definition(case):
     tensors, layout, normalize = _tensors(**CASES[case])
@@ -82,8 +95,11 @@ def test_against_definition(case):
     chunked = _run(tensors, layout, normalize, torch.float32, "torch")
     found = _run(tensors, layout, normalize, torch.float32, "triton")
     for name, value in wanted.items():
-        # Twice the error that chunks in float32 have, and the rounding of one float32 sum as a floor.
-        bound = 2 * _error(chunked[name], value) + 4e-7
+        # Twice the error that chunks in float32 have, and a few roundings of a float32 sum as a floor.
+        floor = 4 * torch.finfo(torch.float32).eps
+        if name == "log_decay":
+            floor *= max(1.0, _conditioning(tensors, wanted))
+        bound = 2 * _error(chunked[name], value) + floor
         assert _error(found[name], value) <= bound, name
 
 
