@@ -140,7 +140,8 @@ class Operator:
         module = self.resolve(backend, inputs)
         with _without_autocast(inputs):
             if hasattr(module, "backward"):
-                return tuple(module.backward(*values))
+                # Contiguous, as the fake backward promises: compiled code reads the strides it was told.
+                return tuple(gradient.contiguous() for gradient in module.backward(*values))
             return self._differentiate(module.forward, grads, inputs)
 
     def _differentiate(
