@@ -24,7 +24,9 @@ CONTEXTS = (1_024, 16_384, 131_072, 1_048_576)
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="run folder; a run that is there is continued, not repeated")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="run folder; a run that is there is continued, not repeated")] = Path(
+        "runs/demo"
+    ),
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value over configs/train/demo.yaml")] = None,
 ) -> None:
     """Train a byte-level hybrid on the standard library's source, then compare and generate.
@@ -86,7 +88,9 @@ def _texts(cache: Any, documents: Any) -> list[bytes]:
     return [cache.document(index)[1:-1].tobytes() for index in documents]
 
 
-def _results(model: LanguageModel, score: TextScore, coders: dict[str, float], data: TextData, rows: list[dict]) -> dict:
+def _results(
+    model: LanguageModel, score: TextScore, coders: dict[str, float], data: TextData, rows: list[dict]
+) -> dict:
     """All numbers of the tables, by name."""
     from seqmodels.models import LanguageModel, load_config
 
@@ -115,9 +119,13 @@ def _show(console: Console, results: dict) -> None:
     from rich.table import Table
 
     files, size = results["held_out_files"], results["held_out_bytes"]
-    table = Table(title=f"Bits per byte on {files} held-out files, {size:,} bytes (lower is better)", title_justify="left")
-    for column, justify in (("coder", "left"), ("bits per byte", "right"), ("compression", "right"), ("has seen", "left")):
-        table.add_column(column, justify=justify)
+    table = Table(
+        title=f"Bits per byte on {files} held-out files, {size:,} bytes (lower is better)", title_justify="left"
+    )
+    table.add_column("coder")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("compression", justify="right")
+    table.add_column("has seen")
     seen = {
         "this model": f"{results['training_bytes'] / 1e6:.1f} MB of the training files, and the file so far",
         "byte trigram": f"all {results['corpus_bytes'] / 1e6:.1f} MB of the training files",

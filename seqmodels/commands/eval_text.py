@@ -56,7 +56,9 @@ def command(
                 loaded.model, cache, documents, window=window, batch_size=batch_size,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )  # fmt: skip
-    table = Table("measure", "value", title=f"{loaded.weights}\non {len(documents)} documents of {data}", title_justify="left")
+    table = Table(
+        "measure", "value", title=f"{loaded.weights}\non {len(documents)} documents of {data}", title_justify="left"
+    )
     table.add_row("bits per byte", f"{score.bits_per_byte:.4f}")
     table.add_row("perplexity per token", f"{score.perplexity:.3f}")
     table.add_row("tokens", f"{score.tokens:,}")

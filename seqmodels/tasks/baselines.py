@@ -62,7 +62,9 @@ class ByteTrigram:
 
 def _codes(text: bytes) -> np.ndarray:
     """a * 65536 + b * 256 + c for every position, the end included."""
-    padded = np.concatenate([np.zeros(2, np.uint8), np.frombuffer(text, np.uint8), np.zeros(1, np.uint8)]).astype(np.int64)
+    padded = np.concatenate([np.zeros(2, np.uint8), np.frombuffer(text, np.uint8), np.zeros(1, np.uint8)]).astype(
+        np.int64
+    )
     return (padded[:-2] << 16) | (padded[1:-1] << 8) | padded[2:]
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Left out of the standard library's source: tests, installed packages, generated tables
 # (encodings, pydoc_data) and bundled applications. What remains is about 9 MB of library code.
 STDLIB_EXCLUDED = frozenset(
-    "site-packages dist-packages test tests idle_test encodings pydoc_data lib2to3 idlelib turtledemo".split()
+    (
+        *("site-packages", "dist-packages", "test", "tests", "idle_test"),
+        *("encodings", "pydoc_data", "lib2to3", "idlelib", "turtledemo"),
+    )
 )
 
 
@@ -82,6 +85,7 @@ def _hugging_face(name: str, text_column: str, split: str) -> Iterator[Document]
         import datasets
     except ImportError as error:
         raise CorpusError(f"corpus 'hf:{name}' needs the datasets package: pip install 'datasets>=2.19'") from error
+    table: Any
     path, _, config = name.partition(":")
     if Path(path).is_dir():
         loaded = datasets.load_from_disk(path)
@@ -90,7 +94,8 @@ def _hugging_face(name: str, text_column: str, split: str) -> Iterator[Document]
         table = datasets.load_dataset(path, config or None, split=split)
     if text_column not in table.column_names:
         raise CorpusError(
-            f"data set {name!r} has no column {text_column!r}; set data.text_column to one of {', '.join(table.column_names)}"
+            f"data set {name!r} has no column {text_column!r}; set data.text_column to one of "
+            + ", ".join(table.column_names)
         )
     for index, row in enumerate(table):
         yield Document(f"{split}/{index}", row[text_column].encode())

@@ -97,6 +97,7 @@ def score_documents(
         lanes = [(document, read + window) for document, read in lanes]
         going = [row for row, (document, read) in enumerate(lanes) if read < len(cache.document(document)) - 1]
         lanes = [lanes[row] for row in going]
+        assert output.state is not None  # asked for above
         state = output.state.select(torch.tensor(going, device=device)) if going else None
         if progress is not None:
             progress(done, total)

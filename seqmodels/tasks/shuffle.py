@@ -29,5 +29,7 @@ def hashed_order(names: list[str], seed: int) -> np.ndarray:
     A name keeps its place relative to every other one when names are added or removed.
     """
     key = seed.to_bytes(8, "little")
-    digests = [hashlib.blake2b(name.encode("utf-8", "surrogateescape"), key=key, digest_size=16).digest() for name in names]
+    digests = [
+        hashlib.blake2b(name.encode("utf-8", "surrogateescape"), key=key, digest_size=16).digest() for name in names
+    ]
     return np.array(sorted(range(len(names)), key=lambda index: (digests[index], index)), dtype=np.int64)

@@ -71,7 +71,9 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
         _delete(old)
 
 
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, config: str, here: Processes, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, checkpoint: Checkpoint, config: str, here: Processes, *, keep: int
+) -> Path:
     """Writes ``folder/step_########`` and deletes all but the newest ``keep``. Every process must call it.
 
     Raises:
@@ -107,7 +109,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, config: str
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         complete = list_checkpoints(folder)
-        last = f"the newest complete checkpoint is {complete[-1]}" if complete else "there is no complete checkpoint yet"
+        last = (
+            f"the newest complete checkpoint is {complete[-1]}" if complete else "there is no complete checkpoint yet"
+        )
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; {last}. Free space or fix the folder's permissions, "
             "then go on with --resume"

@@ -16,7 +16,6 @@ from seqmodels.tasks.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.training.config import DataConfig
 
 
-
 class TextData(NamedTuple):
     """Training rows, validation rows (None without validation), and the held-out documents behind them."""
 
@@ -41,8 +40,8 @@ def load_text(config: DataConfig, *, seed: int, vocab_size: int) -> TextData:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} ids of tokenizer {tokenizer.name!r}; "
-            f"set model.vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} ids of tokenizer "
+            f"{tokenizer.name!r}; set model.vocab_size={tokenizer.vocab_size}"
         )
     cache = _cache(config.source, config, tokenizer)
     if config.validation is None:
@@ -59,9 +58,7 @@ def load_text(config: DataConfig, *, seed: int, vocab_size: int) -> TextData:
 
 
 def _cache(source: str, config: DataConfig, tokenizer: Tokenizer) -> TokenCache:
-    documents = read_documents(
-        source, suffixes=config.suffixes, text_column=config.text_column, split=config.split
-    )
+    documents = read_documents(source, suffixes=config.suffixes, text_column=config.text_column, split=config.split)
     return build_token_cache(documents, tokenizer, cache_folder(config))
 
 

@@ -79,7 +79,9 @@ def processes(device: str = "auto") -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def parallelize(objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes) -> nn.Module:
+def parallelize(
+    objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes
+) -> nn.Module:
     """The objective with gradients averaged over processes; parameters sharded block by block for ``fsdp``."""
     if here.world_size == 1:
         return objective
@@ -87,7 +89,8 @@ def parallelize(objective: nn.Module, blocks: list[nn.Module], kind: Literal["dd
         mesh = dist.init_device_mesh(here.device.type, (here.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
-        return fully_shard(objective, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
+        return objective
     return DistributedDataParallel(objective, device_ids=[here.device] if here.device.type == "cuda" else None)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def first_non_finite_module(objective: nn.Module, run: Iterable) -> str | None:
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            for tensor in torch.utils._pytree.tree_leaves(output):
+            for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     found.append(f"{name or 'model'} ({type(module).__name__})")
                     return
@@ -65,5 +66,7 @@ def save_divergence(folder: Path, batch: TextBatch, weights: dict[str, Tensor] |
         folder / f"batch_{rank}.safetensors",
     )
     if weights is not None:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
+        )
         (folder / "report.json").write_text(json.dumps(report, indent=1))

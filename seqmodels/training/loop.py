@@ -236,7 +236,12 @@ class Trainer:
             },
         )
         save_checkpoint(
-            self.run.checkpoints, self.step, checkpoint, dump_yaml(self.config), self.here, keep=self.config.checkpoint.keep
+            self.run.checkpoints,
+            self.step,
+            checkpoint,
+            dump_yaml(self.config),
+            self.here,
+            keep=self.config.checkpoint.keep,
         )
 
     def _restore(self, path: Path) -> None:
@@ -251,7 +256,9 @@ class Trainer:
         try:
             load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
         except KeyError as error:
-            raise CheckpointError(f"{path / 'optimizer.safetensors'} has no entry {error}; it belongs to another model") from error
+            raise CheckpointError(
+                f"{path / 'optimizer.safetensors'} has no entry {error}; it belongs to another model"
+            ) from error
         restore_generators(checkpoint.rng, self.here.device)
         self.step = checkpoint.trainer["step"]
         self._loss_sum, self._loss_count = checkpoint.trainer["loss_sum"], checkpoint.trainer["loss_count"]
@@ -288,7 +295,8 @@ class Trainer:
             "non_finite_gradients": gradients,
         }
         weights = {
-            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in self._weights().items()
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self._weights().items()
         }
         save_divergence(folder, batch, weights if self.here.is_main else None, self.here.rank, report)
         place = where or (f"the gradient of {gradients[0]}" if gradients else "another process's batch")

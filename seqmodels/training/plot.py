@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path, *, references: Mapping[str, float] | None = None) -> None:
+def plot_losses(
+    rows: Sequence[Mapping[str, Any]], path: Path, *, references: Mapping[str, float] | None = None
+) -> None:
     """Training and held-out bits per byte over tokens, with the learning rate below.
 
     Args:
@@ -30,7 +32,8 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path, *, references: Ma
         return
     tokens = [row["tokens"] for row in training]
     per_step = tokens[-1] / training[-1]["step"]
-    held_out = [(row["step"] * per_step, row["validation_bits_per_byte"]) for row in rows if "validation_bits_per_byte" in row]
+    measure = "validation_bits_per_byte"
+    held_out = [(row["step"] * per_step, row[measure]) for row in rows if measure in row]
 
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(4, 1), layout="constrained"
@@ -38,12 +41,22 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path, *, references: Ma
     losses = [row["bits_per_byte"] for row in training]
     top.plot(tokens, losses, color="#9db8d2", linewidth=1, label="training")
     if held_out:
-        top.plot(*zip(*held_out), color="#1f4e79", marker="o", markersize=4, linewidth=1.6, label="held out")
+        top.plot(
+            [x for x, _ in held_out],
+            [y for _, y in held_out],
+            color="#1f4e79",
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
+            label="held out",
+        )
         last_tokens, last_value = held_out[-1]
         top.annotate(f"{last_value:.3f}", (last_tokens, last_value), xytext=(-4, 8), textcoords="offset points",
                      ha="right", color="#1f4e79", fontweight="bold")  # fmt: skip
     lowest = min([*losses, *(value for _, value in held_out), *(references or {}).values()])
-    for (name, value), colour in zip((references or {}).items(), ("#b5651d", "#7a7a2c", "#8e3b46", "#4c7a5a")):
+    for (name, value), colour in zip(
+        (references or {}).items(), ("#b5651d", "#7a7a2c", "#8e3b46", "#4c7a5a"), strict=False
+    ):
         top.axhline(value, color=colour, linewidth=1, linestyle="--", label=f"{name} {value:.3f}")
     # The first steps fall from 8 bits a byte; the part worth reading is the last one.
     top.set_ylim(0.95 * lowest, min(max(losses), 2.6 * lowest) * 1.02)

@@ -24,7 +24,6 @@ from seqmodels.training.checkpoint import list_checkpoints, prune_checkpoints, r
 from seqmodels.training.config import FREE_ON_RESUME, TrainConfig
 
 
-
 class RunFolderError(RuntimeError):
     """A run folder that is not writable, is taken, or belongs to another configuration."""
 

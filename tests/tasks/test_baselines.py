@@ -39,7 +39,14 @@ def trigram_by_hand(texts, first, second, third):
 
 def test_probabilities_are_kneser_ney():
     model = ByteTrigram(TEXTS)
-    contexts = [(0, 0), (0, ord("t")), (ord("t"), ord("h")), (ord("s"), ord("t")), (ord("z"), ord("e")), (ord("x"), ord("y"))]
+    contexts = [
+        (0, 0),
+        (0, ord("t")),
+        (ord("t"), ord("h")),
+        (ord("s"), ord("t")),
+        (ord("z"), ord("e")),
+        (ord("x"), ord("y")),
+    ]
     for first, second in contexts:
         found = model.probabilities(first, second)
         assert found.sum() == pytest.approx(1, abs=1e-6)
@@ -51,7 +58,8 @@ def test_code_length_counts_every_byte_and_the_end():
     model = ByteTrigram(TEXTS)
     text = b"the scan"
     padded = [0, 0, *text, 0]
-    bits = -sum(math.log2(trigram_by_hand(TEXTS, *triple)) for triple in zip(padded, padded[1:], padded[2:], strict=False))
+    triples = zip(padded, padded[1:], padded[2:], strict=False)
+    bits = -sum(math.log2(trigram_by_hand(TEXTS, *triple)) for triple in triples)
     assert model.bits_per_byte([text, text]) == pytest.approx(bits / len(text), rel=1e-5)
 
 

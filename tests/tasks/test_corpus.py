@@ -17,7 +17,14 @@ from seqmodels.tasks.tokenizer import ByteTokenizer, load_tokenizer
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "text"
-    for name, text in {"b.py": "two", "a.py": "one", "sub/c.py": "three", "n.md": "four", "e.py": "", ".git/x.py": "no"}.items():
+    for name, text in {
+        "b.py": "two",
+        "a.py": "one",
+        "sub/c.py": "three",
+        "n.md": "four",
+        "e.py": "",
+        ".git/x.py": "no",
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
@@ -42,7 +49,8 @@ def test_the_standard_library_is_there_without_tests_and_packages():
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("{}/absent", "does not exist"), ("{}/e.py", "holds no text"), ("{}/empty", "holds no text")]
+    ("source", "message"),
+    [("{}/absent", "does not exist"), ("{}/e.py", "holds no text"), ("{}/empty", "holds no text")],
 )
 def test_nothing_to_read_is_refused(folder, source, message):
     (folder / "empty").mkdir()

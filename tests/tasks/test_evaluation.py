@@ -27,7 +27,11 @@ def cache(tmp_path):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    layers = {"linear_attention": {"num_heads": 2}, "attention": {"num_heads": 2}, "near": {"layer": "attention", "num_heads": 2, "window": 8}}
+    layers = {
+        "linear_attention": {"num_heads": 2},
+        "attention": {"num_heads": 2},
+        "near": {"layer": "attention", "num_heads": 2, "window": 8},
+    }
     pattern = "gated_conv linear_attention attention near"
     return LanguageModel(ModelConfig(vocab_size=256, d_model=16, pattern=pattern, layers=layers), dtype=torch.float64)
 

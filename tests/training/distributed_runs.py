@@ -1,4 +1,4 @@
-"""What each of two gloo processes does; started by test_distributed.py with FOLDER and the rendezvous in the environment."""
+"""What each of two gloo processes does; test_distributed.py starts it with FOLDER."""
 
 from __future__ import annotations
 

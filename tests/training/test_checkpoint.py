@@ -128,7 +128,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path, monke
         plain(tensors, path, *arguments)
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*newest complete checkpoint is .*step_00000001.*--resume"):
+    with pytest.raises(
+        CheckpointError, match=r"No space left.*newest complete checkpoint is .*step_00000001.*--resume"
+    ):
         save(tmp_path, 2)
     assert os.listdir(tmp_path) == [before.name]
     load_checkpoint(before, some().model, HERE)

@@ -29,11 +29,12 @@ def runs(tmp_path_factory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
     workers = [
         subprocess.Popen(
             [sys.executable, str(HERE / "distributed_runs.py"), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -61,7 +62,9 @@ def test_two_processes_give_the_weights_of_one(runs, parallel, name):
         assert several[key].shape == tensor.shape, key
         # Adam divides by the root of a squared gradient, so rounding in a small one weighs up to
         # 1e-3 of a learning rate of 5e-3; a wrong average or shard is off by the rate itself.
-        torch.testing.assert_close(several[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            several[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_metrics_agree_with_one_process(runs):

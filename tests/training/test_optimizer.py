@@ -34,7 +34,9 @@ class Hinted(nn.Module):
 
 def settings(model, optimizer):
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[p]: (group["weight_decay"], group["peak"]) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        names[p]: (group["weight_decay"], group["peak"]) for group in optimizer.param_groups for p in group["params"]
+    }
 
 
 def test_hints_cap_the_learning_rate_and_replace_the_decay():

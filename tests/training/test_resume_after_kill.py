@@ -39,7 +39,10 @@ def compare(run: Path, other: Path) -> None:
         for name, tensor in one.items():
             assert torch.equal(tensor, two[name]), f"{file}: {name} differs"
     rows = [
-        [{key: value for key, value in json.loads(line).items() if key not in ("time", "tokens_per_second")} for line in lines]
+        [
+            {key: value for key, value in json.loads(line).items() if key not in ("time", "tokens_per_second")}
+            for line in lines
+        ]
         for lines in ((path / "metrics.jsonl").read_text().splitlines() for path in (run, other))
     ]
     assert rows[0] == rows[1]

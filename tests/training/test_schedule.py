@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -25,13 +26,13 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_the_final_fraction():
     assert found[50] == pytest.approx(0.6)
     assert found[25] == pytest.approx(0.2 + 0.8 * math.cos(math.pi / 8) ** 2)
     assert found[100] == pytest.approx(0.2)
-    assert all(a >= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(found))
 
 
 def test_wsd_stays_and_then_falls_in_a_line():
     found = factors(ScheduleConfig(name="wsd", warmup_steps=10, decay_steps=20, final_fraction=0.0), 100)
     assert found[10:80] == [1.0] * 70
-    falling = [a - b for a, b in zip(found[79:], found[80:], strict=False)]
+    falling = [a - b for a, b in pairwise(found[79:])]
     assert falling == pytest.approx([1 / 20] * 20)
     assert found[-1] == 0.0
 

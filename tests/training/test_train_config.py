@@ -23,7 +23,9 @@ def test_a_configuration_survives_yaml(path, tmp_path):
 
 
 def test_overrides_are_typed_yaml(path):
-    config = load_train_config(path, ["optimizer.learning_rate=1e-4", "model.d_model=32", "compile=true", "data.suffixes=[.py]"])
+    config = load_train_config(
+        path, ["optimizer.learning_rate=1e-4", "model.d_model=32", "compile=true", "data.suffixes=[.py]"]
+    )
     assert config.optimizer.learning_rate == 1e-4
     assert config.model.d_model == 32
     assert config.compile is True
