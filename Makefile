@@ -44,7 +44,7 @@ install: $(STAMP) kernels
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet $(TORCH) $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(CONSTRAINTS)
 	touch $@
 

@@ -13,6 +13,7 @@ kernels, says so, and runs on PyTorch and Triton.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import shutil
@@ -109,14 +110,15 @@ class BuildKernels(build_ext):
     """Compiles every source at every level in parallel, skipping what is up to date."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder = ROOT / self.build_temp / ("asan" if os.environ.get("SEQMODELS_ASAN") == "1" else "release")
+        folder = ROOT / "build" / "kernels"
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             with locked(folder):
                 self._build(ext, folder, target)
         except (OSError, subprocess.CalledProcessError) as error:
             # A compiler that cannot build the kernels must not stop the installation.
-            print(f"seqmodels: {ext.name} was not built ({error}); the package works without it.", file=sys.stderr)
+            reason = f"{Path(error.cmd[-1]).name} failed, see above" if hasattr(error, "cmd") else str(error)
+            print(f"seqmodels: {ext.name} was not built ({reason}); the package works without it.", file=sys.stderr)
             if os.environ.get("SEQMODELS_REQUIRE_KERNELS") == "1":
                 raise SystemExit(1) from error
 
@@ -133,6 +135,10 @@ class BuildKernels(build_ext):
         if torch_folder is None or compiler is None:
             raise OSError("torch or the compiler went away")
         sanitize = SANITIZE if os.environ.get("SEQMODELS_ASAN") == "1" else []
+        # Objects of another compiler, torch or set of flags are not up to date, whatever their age.
+        identity = repr((compiler, torch_folder, (torch_folder / "version.py").read_text(), COMPILE, LEVELS, sanitize))
+        folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{ROOT / 'csrc/cpu'}", f"-isystem{torch_folder / 'include'}"]
         base = [*compiler.split(), *COMPILE, *includes, *sanitize]
         # Registration files of CUDA hold no CPU kernel: one level is enough for them.
@@ -182,8 +188,12 @@ def compile_one(job: tuple[list[str], Path, Path]) -> None:
 
 
 def run(command: list[str]) -> None:
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    """Runs a command in silence; shows it and what it said when it fails or warns."""
+    print(f"building {Path(command[-1]).name}", flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or done.stderr:
+        print(f"{' '.join(command)}\n{done.stdout}{done.stderr}", file=sys.stderr)
+    done.check_returncode()
 
 
 setup(
