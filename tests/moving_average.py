@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class MovingAverageState(State):
 class MovingAverage(Mixer):
     """h_t = a h_{t-1} + (1 - a) (x_t + c x_{t-1}), y_t = W h_t, with a decay a = sigmoid(r) for each channel."""
 
-    parameter_hints = {"decay": ParameterHint(weight_decay=0.0)}
+    parameter_hints: ClassVar = {"decay": ParameterHint(weight_decay=0.0)}
 
     def __init__(self, d_model: int, width: int = 4) -> None:
         super().__init__(d_model)

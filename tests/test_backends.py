@@ -86,20 +86,23 @@ def test_triton_kernels_refuse_cpu_tensors_outside_the_interpreter(everything_in
         assert _taken() == 4
 
 
-def test_context_restores_after_an_error():
-    assert backends.requested_backend() == "auto"
-    with pytest.raises(KeyError), seqmodels.backend("reference"):
-        with seqmodels.backend("torch"):
-            assert backends.requested_backend() == "torch"
-        assert backends.requested_backend() == "reference"
+def _fail_inside(name):
+    with seqmodels.backend(name):
+        assert backends.requested_backend() == name
         raise KeyError
+
+
+def test_context_nests_and_restores_after_an_error():
+    with seqmodels.backend("reference"):
+        with pytest.raises(KeyError):
+            _fail_inside("torch")
+        assert backends.requested_backend() == "reference"
     assert backends.requested_backend() == "auto"
 
 
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown backend 'fast'; expected 'auto' or one of reference, torch, cpu"):
-        with seqmodels.backend("fast"):
-            pass
+        seqmodels.backend("fast").__enter__()
 
 
 def _python(code, **environment):
@@ -123,7 +126,8 @@ def test_auto_says_once_what_it_took(everything_installed, caplog):
     for _ in range(3):
         _taken(dtype=torch.float64)
     lines = [record for record in caplog.records if "test_backends_add" in record.message]
-    assert len(lines) == 1 and lines[0].levelno == logging.WARNING
+    assert len(lines) == 1
+    assert lines[0].levelno == logging.WARNING
     assert "runs on backend 'torch' (not 'cpu': x is float64)" in lines[0].message
 
 
@@ -131,7 +135,8 @@ def test_missing_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     backends.missing.cache_clear()
-    assert backends.missing("reference") is None and backends.missing("torch") is None
+    assert backends.missing("reference") is None
+    assert backends.missing("torch") is None
     assert "no GPU" in backends.missing("cuda")
     assert backends.missing("triton")
     backends.missing.cache_clear()

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 import torch
 from moving_average import (
     BidirectionalMovingAverage,
     MovingAverage,
-    MovingAverageState,
     PrefixMovingAverage,
 )
 from torch import nn
 
-from seqmodels.mixers import MixerOutput, ParameterHint
+from seqmodels.mixers import ParameterHint
 from seqmodels.ops.registration import Operator
 from seqmodels.testing import LAWS, LawViolation, check_layer
 
@@ -121,6 +121,16 @@ class LeaksGradientAcrossDocuments(MovingAverage):
         return super().mix(h + (everything - everything.detach()), x, layout)
 
 
+class ClearsUnusedSlots(MovingAverage):
+    """Slots without a document lose the state they were given."""
+
+    def forward(self, x, state=None, *, layout=None, return_state=False):
+        result = super().forward(x, state, layout=layout, return_state=return_state)
+        if return_state and layout is not None:
+            result.state.mean = torch.where((layout.lengths > 0)[:, None], result.state.mean, 0)
+        return result
+
+
 # ---- causality
 
 
@@ -210,8 +220,8 @@ SCALE_SLOPPY = _operator(
     },
 )  # fmt: skip
 SCALE_WRONG_FAKE = Operator(
-    "broken_fake", "Tensor x, Tensor weight", outputs=1, fake=lambda x, weight: x.new_empty(x.shape, dtype=torch.float32),
-    modules=SCALE.modules, differentiable=(0, 1),
+    "broken_fake", "Tensor x, Tensor weight", outputs=1,
+    fake=lambda x, weight: x.new_empty(x.shape, dtype=torch.float32), modules=SCALE.modules, differentiable=(0, 1),
 )  # fmt: skip
 
 
@@ -316,7 +326,7 @@ class RoundsBuffer(ForgetsBuffer):
 
 
 class HintsNothing(MovingAverage):
-    parameter_hints = {"decays": ParameterHint(weight_decay=0.0)}
+    parameter_hints: ClassVar = {"decays": ParameterHint(weight_decay=0.0)}
 
 
 # ---- accounting
@@ -325,6 +335,16 @@ class HintsNothing(MovingAverage):
 class ForgetsPosition(MovingAverage):
     def state_bytes(self, context_length, *, batch_size=1, dtype=None):
         return super().state_bytes(context_length, batch_size=batch_size, dtype=dtype) - 8 * batch_size
+
+
+class StateGrowsInHalf(MovingAverage):
+    """Carried in float64 when the layer is in bfloat16: twice what it says."""
+
+    def forward(self, x, state=None, *, layout=None, return_state=False):
+        result = super().forward(x, state, layout=layout, return_state=return_state)
+        if return_state and x.dtype == torch.bfloat16:
+            result.state.mean = result.state.mean.double()
+        return result
 
 
 class KeepsSequence(MovingAverage):
@@ -350,6 +370,7 @@ BROKEN = {
     DefaultStateDiffers: {"split"},
     LeaksAcrossDocuments: {"packing"},
     LeaksGradientAcrossDocuments: {"packing"},
+    ClearsUnusedSlots: {"packing"},
     LeakingChunkRouter: {"causality", "split"},
     PrefixOneTooLong: {"causality", "split"},
     CentresBatch: {"batch"},
@@ -366,6 +387,7 @@ BROKEN = {
     RoundsBuffer: {"round_trip"},
     HintsNothing: {"round_trip"},
     ForgetsPosition: {"accounting"},
+    StateGrowsInHalf: {"accounting", "backend_agreement"},
     KeepsSequence: {"accounting"},
 }
 

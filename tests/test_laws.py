@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import seqmodels
 from seqmodels import backends
 from seqmodels.channel import CHANNELS
-from seqmodels.mixers import MIXERS
+from seqmodels.mixers import MIXERS, MixerOutput
+from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.testing import LAWS, check_law, laws, poisoned
 
 # Registry name to the keyword arguments of small variants, by label. d_model is 16.
@@ -20,7 +22,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "linear_attention": {
         "plain": dict(num_heads=2),
-        "retention": dict(num_heads=2, key_dim=4, value_dim=6, decay="fixed", normalize=False, output_norm=True, gate=True),
+        "retention": dict(num_heads=2, key_dim=4, value_dim=6, decay="fixed", normalize=False, gate=True),
+        "normalised output": dict(num_heads=2, feature_map="relu", output_norm=True),
         "gated": dict(num_heads=2, decay="data_dependent"),
     },
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
@@ -64,6 +67,51 @@ def test_law(name, label, law):
     if law == "registration" and (name, label) not in FIRST:
         pytest.skip("variants of a layer share their ops and code; the first is compiled")
     check_law(law, _factory(name), d_model=16, **VARIANTS[name][label])
+
+
+class Backbone(nn.Module):
+    """What a language model has between its embedding and its head, with a layer's signature."""
+
+    causality = "causal"
+
+    def __init__(self, d_model: int, pattern: str, layers: dict) -> None:
+        super().__init__()
+        self.d_model = d_model
+        config = ModelConfig(vocab_size=8, d_model=d_model, pattern=pattern, layers=layers)
+        self.backbone = LanguageModel(config).backbone
+
+    def forward(self, x, state=None, *, layout=None, return_state=False):
+        return MixerOutput(*self.backbone(x, state, layout=layout, return_state=return_state))
+
+    def step(self, x_t, state):
+        return self.backbone.step(x_t, state)
+
+    def init_state(self, batch_size, **options):
+        return self.backbone.init_state(batch_size, **options)
+
+    def state_bytes(self, context_length, *, batch_size=1, dtype=None):
+        return self.init_state(batch_size, max_length=context_length, device="meta", dtype=dtype).nbytes
+
+
+HYBRID = {
+    "pattern": "gated_conv swiglu mamba3 attention window>mlp",
+    "layers": {
+        "mamba3": {"d_state": 8, "head_dim": 8},
+        "attention": {"num_heads": 2},
+        "window": {"layer": "attention", "num_heads": 2, "window": 5},
+        "swiglu": {"d_hidden": 24},
+    },
+}
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law != "registration"])
+def test_law_for_a_hybrid_model(law):
+    """Layers that obey the laws make a model that obeys them."""
+    check_law(law, Backbone, d_model=16, **HYBRID)
+
+
+def test_hybrid_model_compiles():
+    laws.registration(Backbone(16, **HYBRID), opcheck=False)
 
 
 @pytest.mark.parametrize(("name", "label"), CASES)

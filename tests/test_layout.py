@@ -56,7 +56,8 @@ def test_it_is_a_pytree_that_moves():
     layout = Layout.packed([[2], [1]])
     leaves, spec = pytree.tree_flatten(layout)
     again = pytree.tree_unflatten(leaves, spec)
-    assert again.starts is layout.starts and again.prefix_lengths is None
+    assert again.starts is layout.starts
+    assert again.prefix_lengths is None
     assert layout.to("meta").document.device.type == "meta"
     assert Layout.full(2, 3, device="meta").starts.device.type == "meta"
 

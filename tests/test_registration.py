@@ -128,7 +128,8 @@ def test_in_place_step_updates_the_state():
     state = torch.ones(3)
     version = state._version
     y = DECAY_STEP(torch.ones(3), state)
-    assert state.tolist() == [1.5] * 3 and y.tolist() == [3.0] * 3
+    assert state.tolist() == [1.5] * 3
+    assert y.tolist() == [3.0] * 3
     assert state._version > version, "autograd and functionalisation rely on the version counter"
 
 
@@ -175,7 +176,8 @@ def test_compiled_code_follows_the_backend_in_force():
 def test_autocast_casts_in_front_of_an_op_and_not_inside():
     inside = []
     product = Operator(
-        "test_registration_product", "Tensor x, Tensor y", outputs=1, fake=lambda x, y: x.new_empty(x.shape[0], y.shape[1]),
+        "test_registration_product", "Tensor x, Tensor y", outputs=1,
+        fake=lambda x, y: x.new_empty(x.shape[0], y.shape[1]),
         modules={"torch": _module("product", forward=lambda x, y: inside.append((x @ y).dtype) or x @ y)},
     )  # fmt: skip
     x = torch.randn(2, 2)
@@ -186,7 +188,8 @@ def test_autocast_casts_in_front_of_an_op_and_not_inside():
         assert [tensor.dtype for tensor in cast] == [torch.bfloat16] * 2
         assert cast_inputs(x.double())[0].dtype == torch.float64, "float64 is never lowered"
     assert inside == [torch.float32]
-    assert autocast_dtype("cpu") is None and cast_inputs(x)[0] is x
+    assert autocast_dtype("cpu") is None
+    assert cast_inputs(x)[0] is x
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,10 @@ def test_gradients_that_are_not_contiguous():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 5, 2, 4, requires_grad=True) for _ in range(3))
     x, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(8, 3, requires_grad=True)
-    ops = {"linear_attention": (lambda: linear_attention(q, k, v)[0], (q, k, v)), "short_conv": (lambda: short_conv(x, weight)[0], (x, weight))}
+    ops = {
+        "linear_attention": (lambda: linear_attention(q, k, v)[0], (q, k, v)),
+        "short_conv": (lambda: short_conv(x, weight)[0], (x, weight)),
+    }
     for backend in ("reference", "torch", "cpu"):
         if missing(backend) is not None:
             continue

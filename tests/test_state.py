@@ -41,7 +41,9 @@ def test_it_is_a_pytree():
     leaves, spec = pytree.tree_flatten(state)
     assert [leaf for leaf in leaves if leaf is not None] == [tensor for _, tensor in state.tensors()]
     again = pytree.tree_unflatten(leaves, spec)
-    assert type(again) is Outer and type(again.inner) is Inner and again.layers[0].phase is None
+    assert type(again) is Outer
+    assert type(again.inner) is Inner
+    assert again.layers[0].phase is None
     assert again.inner.values is state.inner.values
 
 
@@ -72,7 +74,8 @@ def test_select_carries_gradients():
 def test_detach_cuts_gradients_and_clone_owns_memory():
     values = torch.randn(3, 2, requires_grad=True)
     state = Inner(values * 2)
-    assert state.values.requires_grad and not state.detach().values.requires_grad
+    assert state.values.requires_grad
+    assert not state.detach().values.requires_grad
     copied = state.clone()
     assert copied.values.data_ptr() != state.values.data_ptr()
     assert copied.values.requires_grad, "clone keeps the graph; detach cuts it"
@@ -96,7 +99,8 @@ def test_bytes_and_batch_size():
     state = make()
     assert state.nbytes == 3 * 8 + 4 * 6 * 4
     assert state.batch_size == 3
-    assert EmptyState().nbytes == 0 and list(EmptyState().tensors()) == []
+    assert EmptyState().nbytes == 0
+    assert list(EmptyState().tensors()) == []
     with pytest.raises(ValueError, match="EmptyState holds no tensor"):
         _ = EmptyState().batch_size
 
@@ -128,5 +132,7 @@ class TestCheckState:
         ],
     )
     def test_another_batch_capacity_or_dtype(self, values, found):
-        with pytest.raises(ValueError, match=f"Layer: state field 'values'.*{found}.*expected \\(2, 4\\) torch.float32"):
+        with pytest.raises(
+            ValueError, match=f"Layer: state field 'values'.*{found}.*expected \\(2, 4\\) torch.float32"
+        ):
             check_state(Inner(values, torch.zeros(2, 1)), self.expected, "Layer")

@@ -31,4 +31,5 @@ def test_code_on_the_page_runs(page, monkeypatch):
 
 def test_example_is_short():
     layer = blocks("your_own_layer.md")[0].strip().splitlines()
-    assert "class Retention(Mixer):" in layer and len(layer) < 40
+    assert "class Retention(Mixer):" in layer
+    assert len(layer) < 40

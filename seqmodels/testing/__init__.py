@@ -1,6 +1,7 @@
 """The laws every layer obeys, as functions to test a layer of your own with.
 
->>> from seqmodels.testing import check_layer
+>>> from seqmodels.mixers.base import Mixer
+from seqmodels.testing import check_layer
 >>> check_layer(MyLayer, d_model=16, num_heads=2)
 """
 
@@ -9,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
+from seqmodels.mixers.base import Mixer
 from seqmodels.testing import laws
 from seqmodels.testing.laws import LAWS
 from seqmodels.testing.subject import poisoned
 from seqmodels.testing.violation import LawViolation
 
-__all__ = ["LAWS", "LawViolation", "check_layer", "check_law", "laws", "poisoned"]
+__all__ = ["LAWS", "LawViolation", "check_law", "check_layer", "laws", "poisoned"]
 
 
-def check_law(name: str, factory: Callable[..., nn.Module], **config: Any) -> Any:
+def check_law(name: str, factory: Callable[..., Mixer], **config: Any) -> Any:
     """Builds ``factory(**config)`` and holds it to one law."""
     if name not in LAWS:
         raise ValueError(f"unknown law {name!r}; expected one of {', '.join(LAWS)}")
@@ -31,7 +31,7 @@ def check_law(name: str, factory: Callable[..., nn.Module], **config: Any) -> An
 
 
 def check_layer(
-    factory: Callable[..., nn.Module], *, only: Sequence[str] | None = None, d_model: int = 16, **sizes: Any
+    factory: Callable[..., Mixer], *, only: Sequence[str] | None = None, d_model: int = 16, **sizes: Any
 ) -> None:
     """Holds ``factory(d_model=..., **sizes)`` to every law (or those in ``only``).
 
@@ -50,4 +50,5 @@ def check_layer(
         raise broken[0]
     if broken:
         listing = "\n".join(f"- {violation}" for violation in broken)
-        raise LawViolation(", ".join(v.law for v in broken), f"{len(broken)} laws are broken:\n{listing}") from broken[0]
+        names = ", ".join(violation.law for violation in broken)
+        raise LawViolation(names, f"{len(broken)} laws are broken:\n{listing}") from broken[0]

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqmodels import backends as backend_choice
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer
 from seqmodels.testing.subject import (
     gradients,
     initial_state,
@@ -31,7 +32,7 @@ FLOOR_ULPS = 4  # one rounding each of input, product, sum and output
 
 @law
 def backend_agreement(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     backends: Iterable[str] | None = None,
     dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16),
@@ -101,7 +102,7 @@ def backend_agreement(
     return judged
 
 
-def _start(layer: nn.Module, batch_size: int, warmup: int, capacity: int) -> Any:
+def _start(layer: Mixer, batch_size: int, warmup: int, capacity: int) -> Any:
     """A nonzero state; the zero state for prefix layers, whose first call must hold the prefix."""
     if layer.causality == "prefix":
         return initial_state(layer, batch_size, capacity)
@@ -114,13 +115,17 @@ def usable_backends() -> tuple[str, ...]:
 
 
 def _trace(
-    layer: nn.Module, x: Tensor, state: Any, layout: Layout | None, backend: str, weights: dict[str, Tensor]
+    layer: Mixer, x: Tensor, state: Any, layout: Layout | None, backend: str, weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Groups of named tensors: outputs, final state, gradients, and one step after the sequence."""
     with backend_choice.backend(backend):
         x = x.clone().requires_grad_()
         state = leaf_state(state)
         run = layer(x, state, layout=layout, return_state=state is not None)
+        if run.state is not None:
+            for (name, after), (_, before) in zip(run.state.tensors(), state.tensors(), strict=True):
+                change = f"{after.dtype} from {before.dtype}"
+                require(after.dtype == before.dtype, f"{backend}: state field {name!r} became {change}")
         values = results(run.y, run.state)
         for name, tensor in values.items():
             if tensor.is_floating_point() and name not in weights:
@@ -130,7 +135,7 @@ def _trace(
         groups = {"output": {"y": values.pop("y")}, "state": values, "gradient": found}
         if run.state is not None:
             after = run.state.detach().clone()
-            y_t = layer.step(x[:, -1].detach(), after)  # type: ignore[operator]
+            y_t = layer.step(x[:, -1].detach(), after)
             groups["step"] = {"y": y_t}
             groups["state after step"] = {k: v for k, v in results(y_t, after).items() if k != "y"}
     return groups
@@ -144,10 +149,12 @@ def _worst_ratio(label: str, run: Any, yardstick: Any, truth: Any, epsilon: floa
             found, low = run[group][name], yardstick[group][name]
             require(
                 found.dtype == low.dtype and found.shape == exact.shape,
-                f"{label}: {group} {name} is {tuple(found.shape)} {found.dtype}; expected {tuple(exact.shape)} {low.dtype}",
+                f"{label}: {group} {name} is {tuple(found.shape)} {found.dtype}; "
+                f"expected {tuple(exact.shape)} {low.dtype}",
             )
             if not exact.is_floating_point():
-                require(torch.equal(found, exact), f"{label}: {group} {name} is {found.tolist()}; expected {exact.tolist()}")
+                same = torch.equal(found, exact)
+                require(same, f"{label}: {group} {name} is {found.tolist()}; expected {exact.tolist()}")
                 continue
             error = max_error(found, exact)
             bound = 2 * max_error(low, exact) + floor

@@ -1,4 +1,4 @@
-"""Laws 7 and 8: a layer survives being saved and moved (round trip); what it says it holds is what it holds (accounting)."""
+"""Laws 7 and 8: a layer survives being saved and moved (round trip) and holds what it says it holds (accounting)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
+from seqmodels.mixers.base import Mixer
 from seqmodels.testing.subject import (
     initial_state,
     is_stateful,
@@ -24,8 +25,8 @@ from seqmodels.testing.violation import require
 
 @law
 def round_trip(
-    layer: nn.Module,
-    factory: Callable[..., nn.Module] | None = None,
+    layer: Mixer,
+    factory: Callable[..., Mixer] | None = None,
     config: Mapping[str, Any] | None = None,
     *,
     batch_size: int = 2,
@@ -33,12 +34,12 @@ def round_trip(
 ) -> None:
     """Law 7: arguments, state dict, dtype, device, deepcopy.
 
-    ``config`` goes to YAML and back and ``factory(**config)`` builds a layer with the same
-    parameters, to which the state dict gives the same function, bit for bit; also
-    when it was built on the meta device and filled by ``to_empty`` and
-    ``load_state_dict(assign=True)``. Parameters and buffers are real. ``to(bfloat16)`` computes in bfloat16, and going to
-    bfloat16 and back changes only what bfloat16 cannot hold. A deepcopy shares no memory. Every name in
-    ``parameter_hints`` is a parameter, on the copies too.
+    ``config`` goes to YAML and back, and ``factory(**config)`` builds a layer with the same
+    parameters, to which the state dict gives the same function, bit for bit; also when it was
+    built on the meta device and filled by ``to_empty`` and ``load_state_dict(assign=True)``.
+    Parameters and buffers are real. ``to(bfloat16)`` computes in bfloat16, and going to bfloat16
+    and back changes only parameters, to what bfloat16 holds. A deepcopy shares no memory. Every
+    name in ``parameter_hints`` is a parameter, on the copies too.
 
     Args:
         factory, config: what built ``layer``. Without them the copies stand in for a rebuilt layer.
@@ -55,7 +56,10 @@ def round_trip(
     _check_hints(twin, "its deepcopy")
     owned = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-        require(tensor.numel() == 0 or tensor.untyped_storage().data_ptr() not in owned, f"deepcopy shares the memory of {name}")
+        require(
+            tensor.numel() == 0 or tensor.untyped_storage().data_ptr() not in owned,
+            f"deepcopy shares the memory of {name}",
+        )
 
     _check_dtypes(layer, run, batch_size, length)
     if factory is not None:
@@ -66,10 +70,10 @@ def round_trip(
 
 
 def _check_rebuilt(
-    layer: nn.Module,
-    factory: Callable[..., nn.Module],
+    layer: Mixer,
+    factory: Callable[..., Mixer],
     config: Mapping[str, Any],
-    run: Callable[[nn.Module], dict[str, Tensor]],
+    run: Callable[[Mixer], dict[str, Tensor]],
     expected: dict[str, Tensor],
 ) -> None:
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -87,7 +91,7 @@ def _check_rebuilt(
     _check_hints(empty, "the layer " + where)
 
 
-def _check_dtypes(layer: nn.Module, run: Any, batch_size: int, length: int) -> None:
+def _check_dtypes(layer: Mixer, run: Any, batch_size: int, length: int) -> None:
     half = copy.deepcopy(layer).to(torch.bfloat16)
     for name, tensor in run(half).items():
         if name == "y":
@@ -104,11 +108,11 @@ def _check_dtypes(layer: nn.Module, run: Any, batch_size: int, length: int) -> N
     _check_same("to(float64) and back", run(layer), run(wide.to(torch.float32)))
 
 
-def _runner(layer: nn.Module, batch_size: int, length: int) -> Callable[[nn.Module], dict[str, Tensor]]:
+def _runner(layer: Mixer, batch_size: int, length: int) -> Callable[[Mixer], dict[str, Tensor]]:
     x = random_input(layer, batch_size, length)
     stateful = is_stateful(layer)
 
-    def run(candidate: nn.Module) -> dict[str, Tensor]:
+    def run(candidate: Mixer) -> dict[str, Tensor]:
         like = next(candidate.parameters(), x)
         state = initial_state(candidate, batch_size, length)
         layout = prefix_layout(candidate, batch_size, length, 3)
@@ -124,7 +128,7 @@ def _check_same(where: str, expected: dict[str, Tensor], found: dict[str, Tensor
         require(torch.equal(found[name], wanted), f"{where}: {name} is not the same, bit for bit")
 
 
-def _check_hints(layer: nn.Module, where: str) -> None:
+def _check_hints(layer: Mixer, where: str) -> None:
     for path, module in layer.named_modules():
         for name in getattr(module, "parameter_hints", {}):
             owner = f"{path or type(module).__name__}"
@@ -136,13 +140,13 @@ def _check_hints(layer: nn.Module, where: str) -> None:
 
 
 @law
-def accounting(layer: nn.Module, *, batch_size: int = 3, length: int = 13, steps: int = 3) -> None:
+def accounting(layer: Mixer, *, batch_size: int = 3, length: int = 13, steps: int = 3) -> None:
     """Law 8: ``state_bytes`` and parameter counts equal what is allocated.
 
     ``state_bytes`` equals the bytes of the memory that states of ``init_state``, ``forward`` and
-    ``step`` hold on to (a view keeps all of what it looks into), for one and for several samples. Fields
-    are all that a state holds. Parameters own exactly their elements, and every tensor that takes part
-    in the computation is registered.
+    ``step`` hold on to (a view keeps all of what it looks into), in float32 and bfloat16, for one
+    and for several samples. Fields are all that a state holds. Parameters own exactly their
+    elements, and no tensor of a module is outside its parameters and buffers.
     """
     layer = prepared(layer, torch.float32)
     tensors = {name: t for name, t in (*layer.named_parameters(), *layer.named_buffers())}
@@ -155,22 +159,33 @@ def accounting(layer: nn.Module, *, batch_size: int = 3, length: int = 13, steps
         for name, value in vars(module).items():
             require(
                 not isinstance(value, Tensor),
-                f"{path or type(module).__name__}.{name} is a tensor outside parameters and buffers: it is not counted, saved or moved",
+                f"{path or type(module).__name__}.{name} is a tensor outside parameters and buffers: "
+                "it is not counted, saved or moved",
             )
     if not is_stateful(layer):
         return
-    for rows in (1, batch_size):
-        expected = layer.state_bytes(length + steps, batch_size=rows)  # type: ignore[operator]
-        _check_bytes("init_state", initial_state(layer, rows, length + steps), expected, rows)
-        x = random_input(layer, rows, length + steps)
-        layout = prefix_layout(layer, rows, length, 3)
-        with torch.no_grad():
-            start = initial_state(layer, rows, length + steps)
-            state = layer(x[:, :length], start, layout=layout, return_state=True).state
-        _check_bytes("forward", state, expected, rows)
-        for t in range(length, length + steps):
-            layer.step(x[:, t], state)  # type: ignore[operator]
-        _check_bytes("step", state, expected, rows)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, batch_size):
+            expected = layer.state_bytes(length + steps, batch_size=rows, dtype=dtype)
+            asked = layer.init_state(rows, max_length=length + steps, dtype=dtype)
+            _check_bytes(f"init_state(dtype={dtype})", asked, expected, rows)
+            _check_carried_bytes(layer if dtype == torch.float32 else half, rows, length, steps, expected)
+
+
+def _check_carried_bytes(layer: Mixer, rows: int, length: int, steps: int, expected: int) -> None:
+    """States of ``init_state``, ``forward`` and ``step`` in the layer's own dtype."""
+    x = random_input(layer, rows, length + steps)
+    where = f"of a {str(x.dtype).removeprefix('torch.')} layer"
+    start = initial_state(layer, rows, length + steps)
+    _check_bytes(f"init_state {where}", start, expected, rows)
+    layout = prefix_layout(layer, rows, length, 3)
+    with torch.no_grad():
+        state = layer(x[:, :length], start, layout=layout, return_state=True).state
+    _check_bytes(f"forward {where}", state, expected, rows)
+    for t in range(length, length + steps):
+        layer.step(x[:, t], state)
+    _check_bytes(f"step {where}", state, expected, rows)
 
 
 def _allocated(tensors: Mapping[str, Tensor]) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer
 from seqmodels.testing.subject import (
     cotangents,
     gradients,
@@ -47,7 +48,7 @@ def partitions(length: int) -> Iterator[tuple[int, ...]]:
 
 @law
 def split(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     batch_size: int = 2,
     length: int = 29,
@@ -80,7 +81,7 @@ def split(
     check_close("state=None against init_state", {"y": without}, {"y": given}, exact_bound(dtype, capacity))
 
 
-def _check_split(layer: nn.Module, start: str, x: Tensor, state: Any, prefix: int) -> None:
+def _check_split(layer: Mixer, start: str, x: Tensor, state: Any, prefix: int) -> None:
     batch_size, length = x.shape[:2]
     bound = exact_bound(x.dtype, length)
     x = x.clone().requires_grad_()
@@ -118,7 +119,7 @@ def _check_split(layer: nn.Module, start: str, x: Tensor, state: Any, prefix: in
     for cut in partitions(length - prefix):
         sizes = (prefix, *cut) if prefix else cut
         outputs, carried = [], state
-        for index, part in enumerate(torch.split(x, sizes, dim=1)):
+        for index, part in enumerate(torch.split(x, list(sizes), dim=1)):
             result = piece(part, carried, first=index == 0)
             outputs.append(result.y)
             carried = result.state
@@ -130,7 +131,7 @@ def _check_split(layer: nn.Module, start: str, x: Tensor, state: Any, prefix: in
 
 
 def _check_steps(
-    layer: nn.Module, start: str, x: Tensor, state: Any, prefix: int, expected: dict[str, Tensor], bound: float
+    layer: Mixer, start: str, x: Tensor, state: Any, prefix: int, expected: dict[str, Tensor], bound: float
 ) -> None:
     outputs: list[Tensor] = []
     if prefix:
@@ -143,8 +144,8 @@ def _check_steps(
     tensors = list(state.tensors())
     addresses = [tensor.data_ptr() for _, tensor in tensors]
     for t in range(prefix, x.shape[1]):
-        y_t = layer.step(x[:, t], state)  # type: ignore[operator]
-        require(not y_t.requires_grad, f"step {start}: the output at token {t} requires a gradient; step is inference only")
+        y_t = layer.step(x[:, t], state)
+        require(not y_t.requires_grad, f"step {start}: output {t} requires a gradient; step is inference only")
         outputs.append(y_t.clone())  # an output that aliases the state would change with the next step
     for (name, tensor), (_, now), address in zip(tensors, state.tensors(), addresses, strict=True):
         require(now is tensor and now.data_ptr() == address, f"step {start} reallocated state field {name!r}")
@@ -171,7 +172,7 @@ def documents_around(chunk_size: int) -> list[list[int]]:
 
 @law
 def packing(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     documents: Sequence[Sequence[int]] | None = None,
     chunk_size: int = 8,
@@ -182,8 +183,9 @@ def packing(
     """Law 2: packed documents = each document alone.
 
     Outputs, final states, and gradients to inputs, parameters and initial states; from zero
-    states and from nonzero ones. Some slots are unused and padding holds large values. The gradient of one
-    document's outputs and final state to all else is exactly zero.
+    states and from nonzero ones. Padding holds large values. Slots without a document keep the
+    state they were given. The gradient of one document's outputs and final state to all else is
+    exactly zero.
     Bound: :func:`~seqmodels.testing.violation.exact_bound`.
     """
     layer = prepared(layer, dtype, device)
@@ -204,7 +206,7 @@ def packing(
 
 
 def _check_packing(
-    layer: nn.Module, start: str, x: Tensor, state: Any, layout: Layout, lengths: list[int], prefixes: list[int] | None
+    layer: Mixer, start: str, x: Tensor, state: Any, layout: Layout, lengths: list[int], prefixes: list[int] | None
 ) -> None:
     bound = exact_bound(x.dtype, x.shape[1])
     x = x.clone().requires_grad_()
@@ -217,6 +219,10 @@ def _check_packing(
             not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()),
             f"packed {start}: {name} is not finite at padding or in unused slots",
         )
+    if stateful:
+        unused = torch.arange(len(lengths), layout.num_documents, device=x.device)
+        kept, given = named(packed.state.select(unused)), named(state.select(unused))
+        check_close(f"slots without a document packed {start}: the state must stay as given", kept, given, 0.0)
     flat_y, flat_x = packed.y.flatten(0, 1), x.flatten(0, 1)
     packed_loss, alone_loss, losses = x.new_zeros(()), x.new_zeros(()), []
     for slot, entry in enumerate(lengths):

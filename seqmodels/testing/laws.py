@@ -22,4 +22,14 @@ LAWS: dict[str, Callable[..., Any]] = {
     "accounting": accounting,
 }
 
-__all__ = ["LAWS", *LAWS]
+__all__ = [
+    "LAWS",
+    "accounting",
+    "backend_agreement",
+    "batch",
+    "causality",
+    "packing",
+    "registration",
+    "round_trip",
+    "split",
+]

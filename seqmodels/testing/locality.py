@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer
 from seqmodels.testing.subject import (
     initial_state,
     is_stateful,
@@ -21,7 +22,7 @@ from seqmodels.testing.violation import check_close, check_exactly_zero, exact_b
 
 @law
 def causality(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     batch_size: int = 2,
     length: int = 29,
@@ -55,7 +56,7 @@ def causality(
 
 @law
 def batch(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     batch_size: int = 3,
     length: int = 21,
@@ -82,7 +83,7 @@ def batch(
     _check_left_padding(layer, x, next_tokens, bound)
 
 
-def _check_alone(layer: nn.Module, x: Tensor, next_tokens: Tensor, state, bound: float) -> None:
+def _check_alone(layer: Mixer, x: Tensor, next_tokens: Tensor, state, bound: float) -> None:
     mode = "training" if layer.training else "evaluation"
     stateful = state is not None
     together = layer(x, state, return_state=stateful)
@@ -90,23 +91,25 @@ def _check_alone(layer: nn.Module, x: Tensor, next_tokens: Tensor, state, bound:
     reordered = layer(x[order], state.select(order) if stateful else None, return_state=stateful)
     expected = results(together.y[order], together.state.select(order) if stateful else None)
     check_close(f"batch in reverse order, {mode} mode", results(reordered.y, reordered.state), expected, bound)
-    stepped = _steps(layer, next_tokens, together.state.detach().clone()) if stateful else None
+    stepped = _steps(layer, next_tokens, together.state.detach().clone()) if stateful else next_tokens
     for row in range(x.shape[0]):
         rows = torch.tensor([row], device=x.device)
         alone = layer(x[rows], state.select(rows) if stateful else None, return_state=stateful)
         where = f"sample {row} of {x.shape[0]}, {mode} mode"
         expected = results(alone.y, alone.state)
-        check_close(where, results(together.y[rows], together.state.select(rows) if stateful else None), expected, bound)
+        check_close(
+            where, results(together.y[rows], together.state.select(rows) if stateful else None), expected, bound
+        )
         if stateful:
             own = _steps(layer, next_tokens[rows], alone.state.detach().clone())
-            check_close(f"steps of {where}", {"y": stepped[rows]}, {"y": own}, bound)  # type: ignore[index]
+            check_close(f"steps of {where}", {"y": stepped[rows]}, {"y": own}, bound)
 
 
-def _steps(layer: nn.Module, tokens: Tensor, state) -> Tensor:
-    return torch.stack([layer.step(tokens[:, t], state) for t in range(tokens.shape[1])], dim=1)  # type: ignore[operator]
+def _steps(layer: Mixer, tokens: Tensor, state) -> Tensor:
+    return torch.stack([layer.step(tokens[:, t], state) for t in range(tokens.shape[1])], dim=1)
 
 
-def _check_left_padding(layer: nn.Module, x: Tensor, next_tokens: Tensor, bound: float) -> None:
+def _check_left_padding(layer: Mixer, x: Tensor, next_tokens: Tensor, bound: float) -> None:
     batch_size, length = x.shape[:2]
     stateful = is_stateful(layer)
     lengths = [max(1, length - 7 * row) for row in range(batch_size)]

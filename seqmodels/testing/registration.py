@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer
 from seqmodels.state import State
 from seqmodels.testing.subject import (
     cotangents,
@@ -29,12 +30,14 @@ from seqmodels.testing.subject import (
 )
 from seqmodels.testing.violation import Violated, check_close, exact_bound, require
 
-PYTORCH_NAMESPACES = frozenset({"aten", "prim", "prims", "profiler", "inductor", "higher_order", "c10d", "_c10d_functional"})
+PYTORCH_NAMESPACES = frozenset(
+    {"aten", "prim", "prims", "profiler", "inductor", "higher_order", "c10d", "_c10d_functional"}
+)
 
 
 @law
 def registration(
-    layer: nn.Module,
+    layer: Mixer,
     *,
     batch_size: int = 2,
     lengths: Sequence[int] = (13, 22, 35),
@@ -90,7 +93,7 @@ class OpCalls(TorchDispatchMode):
         return copied.requires_grad_(self.differentiable and tensor.requires_grad)
 
 
-def recorded_ops(layer: nn.Module, batch_size: int, length: int) -> list[tuple[Any, Any, Any]]:
+def recorded_ops(layer: Mixer, batch_size: int, length: int) -> list[tuple[Any, Any, Any]]:
     """(op, args, kwargs) of each distinct custom op call in forward, backward and step, plain and packed."""
     x = random_input(layer, batch_size, length).requires_grad_()
     rows = [[length // 3, length // 2]] * batch_size
@@ -105,11 +108,11 @@ def recorded_ops(layer: nn.Module, batch_size: int, length: int) -> list[tuple[A
             values = results(result.y, result.state)
             gradients(layer, weighted(values, cotangents(values)), {"x": x})
             if state is not None and layout is None:
-                layer.step(x[:, 0].detach(), result.state.detach())  # type: ignore[operator]
+                layer.step(x[:, 0].detach(), result.state.detach())
     return [*forward.calls.values(), *rest.calls.values()]
 
 
-def _check_ops(layer: nn.Module, batch_size: int, length: int) -> None:
+def _check_ops(layer: Mixer, batch_size: int, length: int) -> None:
     for op, args, kwargs in recorded_ops(layer, batch_size, length):
         try:
             torch.library.opcheck(op, args, kwargs)
@@ -121,7 +124,7 @@ def _describe(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(t.shape), t.dtype, t.device) for name, t in tensors.items()}
 
 
-def _check_fake(layer: nn.Module, batch_size: int, length: int) -> None:
+def _check_fake(layer: Mixer, batch_size: int, length: int) -> None:
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     x = random_input(layer, batch_size, length)
@@ -162,17 +165,17 @@ class CountingBackend:
 
 
 def _compiled(function: Callable[..., Any], backend: str) -> tuple[Callable[..., Any], CountingBackend]:
+    import torch._dynamo
+
     counting = CountingBackend(backend)
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=counting), counting
 
 
 def _check_compiled_forward(
-    layer: nn.Module, batch_size: int, lengths: Sequence[int], backend: str, *, packed: bool
+    layer: Mixer, batch_size: int, lengths: Sequence[int], backend: str, *, packed: bool
 ) -> None:
     """Training without a state (packed False), or documents that carry states (packed True)."""
-    import torch._dynamo
-
     stateful = packed and is_stateful(layer)
     device = reference_tensor(layer).device
     warmup, what = 4, "forward over packed documents" if packed else "forward"
@@ -208,14 +211,14 @@ def _check_compiled_forward(
         )
 
 
-def _check_compiled_step(layer: nn.Module, batch_size: int, backend: str) -> None:
+def _check_compiled_step(layer: Mixer, batch_size: int, backend: str) -> None:
     tokens = 3
     x = random_input(layer, batch_size, tokens)
     state = warm_state(layer, batch_size, 4, 4 + tokens)
     own = state.clone()
-    compiled, counting = _compiled(layer.step, backend)  # type: ignore[arg-type]
+    compiled, counting = _compiled(layer.step, backend)
     for t in range(tokens):
-        expected = layer.step(x[:, t], state)  # type: ignore[operator]
+        expected = layer.step(x[:, t], state)
         try:
             found = compiled(x[:, t], own)
         except Exception as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seqmodels.backends import BackendUnavailable
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer
 from seqmodels.state import State
 from seqmodels.testing.violation import LawViolation, Violated, named
 
@@ -24,14 +25,15 @@ def poisoned() -> Iterator[None]:
     """Uninitialised memory reads as NaN, for ``torch.empty`` and all its kin, in kernels too."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def law(function: Law) -> Law:
@@ -42,7 +44,7 @@ def law(function: Law) -> Law:
     """
 
     @functools.wraps(function)
-    def checked(layer: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
+    def checked(layer: Mixer, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
         with torch.random.fork_rng(), poisoned(), torch.enable_grad():
             torch.manual_seed(seed)
             try:
@@ -58,9 +60,7 @@ def law(function: Law) -> Law:
     return checked  # type: ignore[return-value]
 
 
-def prepared(
-    layer: nn.Module, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-) -> nn.Module:
+def prepared(layer: Mixer, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> Mixer:
     """A copy in evaluation mode without dropout, every parameter moved off its initial value.
 
     Constant initial values (ones, zeros, the same decay for every head) hide swapped axes and
@@ -79,26 +79,26 @@ def prepared(
     return layer
 
 
-def random_input(layer: nn.Module, batch_size: int, length: int) -> Tensor:
+def random_input(layer: Mixer, batch_size: int, length: int) -> Tensor:
     like = reference_tensor(layer)
-    return torch.randn(batch_size, length, layer.d_model, dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+    return torch.randn(batch_size, length, layer.d_model, dtype=like.dtype, device=like.device)
 
 
-def reference_tensor(layer: nn.Module) -> Tensor:
+def reference_tensor(layer: Mixer) -> Tensor:
     """A tensor with the layer's dtype and device."""
     return next(layer.parameters(), torch.empty(0, dtype=torch.float64))
 
 
-def is_stateful(layer: nn.Module) -> bool:
+def is_stateful(layer: Mixer) -> bool:
     """Bidirectional layers carry nothing from one call to the next."""
     return layer.causality != "bidirectional"
 
 
-def initial_state(layer: nn.Module, batch_size: int, max_length: int) -> Any:
-    return layer.init_state(batch_size, max_length=max_length) if is_stateful(layer) else None  # type: ignore[operator]
+def initial_state(layer: Mixer, batch_size: int, max_length: int) -> Any:
+    return layer.init_state(batch_size, max_length=max_length) if is_stateful(layer) else None
 
 
-def warm_state(layer: nn.Module, batch_size: int, tokens: int, max_length: int) -> Any:
+def warm_state(layer: Mixer, batch_size: int, tokens: int, max_length: int) -> Any:
     """The state after ``tokens`` random tokens: what a nonzero state of this layer looks like."""
     if not is_stateful(layer):
         return None
@@ -109,7 +109,7 @@ def warm_state(layer: nn.Module, batch_size: int, tokens: int, max_length: int) 
         return layer(x, start, layout=layout, return_state=True).state
 
 
-def prefix_layout(layer: nn.Module, batch_size: int, length: int, prefix: int) -> Layout | None:
+def prefix_layout(layer: Mixer, batch_size: int, length: int, prefix: int) -> Layout | None:
     """The layout that gives a prefix layer its prefix; None for the others."""
     if layer.causality != "prefix":
         return None
@@ -144,7 +144,7 @@ def results(y: Tensor, state: Any) -> dict[str, Tensor]:
 
 
 def gradients(
-    layer: nn.Module, loss: Tensor, inputs: Mapping[str, Tensor], *, keep_graph: bool = False
+    layer: Mixer, loss: Tensor, inputs: Mapping[str, Tensor], *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
     """Gradients to the named inputs and to every parameter; zeros where there is no path."""
     wanted = dict(inputs)

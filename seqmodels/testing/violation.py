@@ -96,7 +96,8 @@ def check_exactly_zero(where: str, gradient: Tensor) -> None:
         return
     if not bool((gradient == 0).all()):
         bad = torch.nonzero(gradient != 0)[0].tolist()
-        raise Violated(f"{where}: the gradient must be exactly zero; it is {gradient[tuple(bad)].item():.3g} at index {bad}")
+        value = gradient[tuple(bad)].item()
+        raise Violated(f"{where}: the gradient must be exactly zero; it is {value:.3g} at index {bad}")
 
 
 def named(state: State | None) -> dict[str, Tensor]:
