@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from training_cases import tiny_data, write_corpus
+from typer.testing import CliRunner
 
+from seqmodels.cli import app
 from seqmodels.configuration import dump_yaml
+from seqmodels.tasks.corpus import CorpusError
 from seqmodels.tasks.evaluation import score_documents
 from seqmodels.training.config import load_train_config
 from seqmodels.training.data import load_text
@@ -21,12 +24,21 @@ from seqmodels.training.run_folder import RunFolder
 ROOT = Path(__file__).parents[2]
 
 
-def seqmodels(*arguments: object, fails: bool = False) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+def seqmodels(*arguments: object) -> str:
+    """What the command prints, run in this process."""
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(*arguments: object) -> str:
+    """The one line on which a real process ends."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "seqmodels.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert (done.returncode != 0) == fails, done.stderr + done.stdout
-    return done.stderr if fails else done.stdout
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +52,14 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_train_again_needs_resume(trained):
-    message = seqmodels("train", trained / "tiny.yaml", "steps=4", "--out", trained / "run", fails=True)
+    message = refused("train", trained / "tiny.yaml", "steps=4", "--out", trained / "run")
     assert message.startswith("seqmodels: ")
     assert "already holds a run" in message
     seqmodels("train", trained / "tiny.yaml", "steps=4", "--out", trained / "run", "--resume")
 
 
 def test_an_unknown_key_is_one_line_with_the_nearest_name(trained):
-    message = seqmodels("train", trained / "tiny.yaml", "optimizer.learning_rat=1", "--out", trained / "x", fails=True)
+    message = refused("train", trained / "tiny.yaml", "optimizer.learning_rat=1", "--out", trained / "x")
     assert message == (
         "seqmodels: unknown configuration key 'optimizer.learning_rat'. Did you mean optimizer.learning_rate?\n"
     )
@@ -67,7 +79,8 @@ def test_eval_text_measures_what_the_library_measures(trained):
     assert f"{score.tokens:,}" in output
     whole = seqmodels("eval-text", run.path, "--data", trained / "corpus", "--window", 8)
     assert "on 12 documents" in whole
-    assert "does not exist" in seqmodels("eval-text", run.path, "--data", trained / "absent", fails=True)
+    with pytest.raises(CorpusError, match="does not exist"):
+        seqmodels("eval-text", run.path, "--data", trained / "absent")
 
 
 def test_the_demo_runs_and_writes_its_numbers(tmp_path):
