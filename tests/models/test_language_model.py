@@ -374,3 +374,45 @@ def test_a_carried_state_recompiles_nothing() -> None:
             torch.testing.assert_close(output.logits, wanted.logits, rtol=1e-4, atol=1e-5)
             state, expected = output.state, wanted.state
     assert counter.frame_count <= 2
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_loss_and_gradients() -> None:
+    model = hybrid(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids: model.loss(ids).loss, fullgraph=True)
+    for length in (12, 33):
+        ids = tokens(3, length)
+        expected = model.loss(ids).loss
+        expected.backward()
+        wanted = gradients(model)
+        loss = compiled(ids)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_also_refuses_targets_inside_a_prefix() -> None:
+    model, ids = hybrid(pattern="test_prefix swiglu", objective="prefix"), tokens(2, 8)
+    layout = Layout.full(2, 8, prefix_lengths=[3, 5])
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda targets: model.loss(ids, targets, layout=layout).loss, fullgraph=True, backend="aot_eager"
+    )
+    targets = next_token_targets(ids, layout)
+    close(compiled(targets), model.loss(ids, targets, layout=layout).loss)
+    targets[1, 4] = 3
+    with pytest.raises(RuntimeError, match="a next-token target lies inside a prefix"):
+        compiled(targets)
+
+
+def test_rows_of_a_state_can_be_picked_and_repeated() -> None:
+    model, ids = hybrid(), tokens(3, 9)
+    state = model(ids, model.init_state(3, max_length=12), return_state=True).state
+    rows = torch.tensor([2, 0, 2, 1])
+    following = tokens(4, seed=3)
+    picked = model.step(following, state.select(rows))
+    for index, row in enumerate(rows.tolist()):
+        alone = model(ids[row : row + 1], model.init_state(1, max_length=12), return_state=True).state
+        close(picked[index], model.step(following[index : index + 1], alone)[0])
