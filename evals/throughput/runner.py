@@ -86,7 +86,7 @@ def _measure(
     problem = BUILDERS[case.kind](case, device)
 
     def write(metric: str, value: float | None, unit: str, backend: str, rival: str | None, **facts: Any) -> None:
-        config = {**case.config, "threads": torch.get_num_threads(), **facts}
+        config = {**case.config, "device": device.type, "threads": torch.get_num_threads(), **facts}
         who = {"layer": case.layer, "backend": backend, "rival": rival}
         results.write(case.name, metric, value, unit, seed=0, config=config, **who)
 
@@ -117,7 +117,8 @@ def _measure(
     for contestant in correct:
         if contestant is not best:
             times = timings[contestant.name].median / timings[best.name].median
-            write("ratio", times, "x", best.name, contestant.name)  # how many times longer the other one takes
+            other = f"seqmodels {contestant.name}" if contestant.ours else contestant.name
+            write("ratio", times, "x", best.name, other)  # how many times longer the other one takes
     milliseconds = ", ".join(f"{name} {1e3 * timing.median:.3g} ms" for name, timing in timings.items())
     say(f"{case.name}: {milliseconds}; floor {1e3 * floor:.3g} ms ({binding})")
 

@@ -11,6 +11,7 @@ GPU: CUDA events around several launches on rotating inputs that exceed the L2 c
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import time
@@ -241,6 +242,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _give_back_free_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
     except OSError:
@@ -248,6 +250,13 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
+
+
+def _give_back_free_memory() -> None:
+    """Memory that the C library keeps after a free would hide what the next call needs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(name: str) -> int:
