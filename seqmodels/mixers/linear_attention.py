@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import rms_norm, silu, softplus
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_divides, check_positive
@@ -54,7 +54,7 @@ class LinearAttention(Mixer):
     State: ``matrix`` (batch, heads, features, value_dim (+ 1 with ``normalize``)), float32.
     """
 
-    parameter_hints = {"decay_bias": ParameterHint(weight_decay=0.0)}
+    parameter_hints: ClassVar[dict[str, ParameterHint]] = {"decay_bias": ParameterHint(weight_decay=0.0)}
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class LinearAttention(Mixer):
         if decay not in ("none", "fixed", "data_dependent"):
             raise ValueError(f"{name}: decay is {decay!r}; expected 'none', 'fixed' or 'data_dependent'")
         if not epsilon > 0:
-            raise ValueError(f"{name}: epsilon is {epsilon}; expected a positive number (it keeps the normaliser from 0)")
+            raise ValueError(f"{name}: epsilon is {epsilon}; expected a positive number, added to the normaliser")
         make_map = FEATURE_MAPS[feature_map]
         if normalize and not make_map.nonnegative:
             raise ValueError(
@@ -155,8 +155,8 @@ class LinearAttention(Mixer):
         return q, k, v, -softplus(self.decay_proj(x).to(dtype) + self.decay_bias.to(dtype))
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.norm is not None:
-            y = self.norm(y)
+        if self.norm is not None:  # the weight in y's dtype: autocast leaves it in float32
+            y = rms_norm(y, self.norm.normalized_shape, self.norm.weight.to(y.dtype), self.norm.eps)
         y = y.flatten(-2)
         if self.gate_proj is not None:
             y = y * silu(self.gate_proj(x))
@@ -171,9 +171,12 @@ class LinearAttention(Mixer):
         dtype: torch.dtype | None = None,
     ) -> LinearAttentionState:
         weight = self.q_proj.weight
-        shape = (batch_size, self.num_heads, self.query_map.output_dim, self.value_dim + int(self.normalize))
         return LinearAttentionState(
-            torch.zeros(shape, device=weight.device if device is None else device, dtype=state_dtype(dtype or weight.dtype))
+            torch.zeros(
+                (batch_size, self.num_heads, self.query_map.output_dim, self.value_dim + int(self.normalize)),
+                device=weight.device if device is None else device,
+                dtype=state_dtype(dtype or weight.dtype),
+            )
         )
 
     def flops(self, length: int) -> int:

@@ -9,6 +9,7 @@ from seqmodels.layout import Layout
 from seqmodels.ops.registration import Operator, cast_inputs, state_dtype
 
 _PACKAGE = "seqmodels.ops.linear_attention"
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear_attention(
@@ -45,7 +46,7 @@ def linear_attention(
         q: (batch, length, [R,] Gq, N). Head h of H uses group h * Gq // H.
         k: (batch, length, [R,] Gk, N).
         v: (batch, length, [R,] Gv, P). H is the largest of Gq, Gk, Gv; each divides it.
-        log_decay: (batch, length, H), at most 0. None: no decay.
+        log_decay: (batch, length, H), at most 0 (below -1000 is -1000: nothing is left). None: no decay.
         past_weight: (batch, length, H), weight of a token for all later ones. None: 1.
         diagonal_weight: (batch, length, H), weight of a token for itself. None: 1.
         initial_state: (documents, H, N, P), or (documents, H, N, P + 1) with ``normalize``, whose
@@ -149,7 +150,7 @@ def _check_rank_of_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, shape: st
 
 def _check_inputs(owner: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Refuses q, k, v that do not fit together; returns v with one entry for each head."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise TypeError(
             f"{owner}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one floating-point dtype for all three"
         )
@@ -179,8 +180,8 @@ def _weights(owner: str, shape: tuple[int, ...], dtype: torch.dtype, *weights: T
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if state.shape != shape or state.dtype != state_dtype(dtype):
         raise ValueError(
-            f"linear_attention: {name} is {tuple(state.shape)} {state.dtype}; "
-            f"expected {shape} {state_dtype(dtype)} (documents, heads, key width, value width; one wider with normalize)"
+            f"linear_attention: {name} is {tuple(state.shape)} {state.dtype}; expected {shape} {state_dtype(dtype)} "
+            "(documents, heads, key width, value width; one wider with normalize)"
         )
 
 
@@ -204,6 +205,7 @@ _operator = Operator(
     modules={
         "reference": f"{_PACKAGE}.reference",
         "torch": f"{_PACKAGE}.torch",
+        "cpu": f"{_PACKAGE}.cpu",
         "triton": f"{_PACKAGE}.triton",
     },
     differentiable=(0, 1, 2, 3, 4, 5, 6),
@@ -214,5 +216,9 @@ _step_operator = Operator(
     "Tensor(a!) state, bool normalize, float epsilon",
     outputs=1,
     fake=lambda q, k, v, *rest: torch.empty_like(v, memory_format=torch.contiguous_format),
-    modules={"reference": f"{_PACKAGE}.reference_step", "torch": f"{_PACKAGE}.torch_step"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_step",
+        "torch": f"{_PACKAGE}.torch_step",
+        "cpu": f"{_PACKAGE}.cpu_step",
+    },
 )

@@ -73,7 +73,8 @@ def forward(
     q_TQRGN, k_TQRGN = chunks(q.to(compute)), chunks(k.to(compute))
     v_TQRHP = chunks(values)
     past_TQH, diagonal_TQH = (None if x is None else chunks(x) for x in (past_weight, diagonal_weight))
-    total_TQH = None if log_decay is None else chunks(log_decay).cumsum(1, dtype=torch.float64)  # c
+    # c. e^-1000 is zero in every dtype; a finite bound keeps the differences of c finite and precise.
+    total_TQH = None if log_decay is None else chunks(log_decay).clamp_min(-1000).cumsum(1, dtype=torch.float64)
     weighted_TQRHP = v_TQRHP if past_TQH is None else v_TQRHP * past_TQH[:, :, None, :, None]
 
     start_THNP, final = _states(k_TQRGN, weighted_TQRHP, total_TQH, initial_state, table, batch_size)
@@ -191,7 +192,8 @@ def _states(
 
 def _of_documents(after: Tensor, before: Tensor, table: ChunkTable) -> Tensor:
     """State at each document's end; an unused slot keeps its initial state."""
-    used = table.valid[table.last, 0] & (table.document[table.last] == torch.arange(before.shape[0], device=before.device))
+    slots = torch.arange(before.shape[0], device=before.device)
+    used = table.valid[table.last, 0] & (table.document[table.last] == slots)
     return torch.where(used[:, None, None, None], after[table.last], before)
 
 
