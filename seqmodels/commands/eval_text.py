@@ -29,7 +29,7 @@ def command(
     from rich.table import Table
 
     from seqmodels.models.loading import load_model
-    from seqmodels.tasks.corpus import read_documents
+    from seqmodels.tasks.corpus import open_corpus
     from seqmodels.tasks.evaluation import score_documents
     from seqmodels.tasks.token_cache import build_token_cache
     from seqmodels.tasks.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def command(
             text = load_text(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
             cache, documents = text.held_out
         else:
-            found = read_documents(data, suffixes=tuple(suffixes or ()))
+            found = open_corpus(data, suffixes=tuple(suffixes or ()))
             cache = build_token_cache(found, load_tokenizer(loaded.tokenizer), Path(folder))
             documents = np.arange(len(cache.names))
         if not len(documents):

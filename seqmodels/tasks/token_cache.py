@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmodels.tasks.corpus import Document
+from seqmodels.tasks.corpus import Corpus, Document
 from seqmodels.tasks.tokenizer import Tokenizer
 
 
@@ -47,6 +47,23 @@ class TokenCache:
     def document(self, index: int) -> np.ndarray:
         """Document ``index`` with its separators on both ends: inputs ``[:-1]``, targets ``[1:]``."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1] + 1]
+
+
+def open_token_cache(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> TokenCache:
+    """The tokens of ``corpus``: mapped when ``folder`` has them, tokenised into it otherwise.
+
+    A corpus whose fingerprint (paths, sizes, modification times) is known is not read again.
+    """
+    key = f"{corpus.fingerprint}\0{tokenizer.name}\0{tokenizer.vocab_size}\0{tokenizer.separator}"
+    pointer = folder / "sources" / hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    if pointer.exists() and (folder / pointer.read_text()).exists():
+        return load_token_cache(folder / pointer.read_text())
+    cache = build_token_cache(corpus, tokenizer, folder)
+    pointer.parent.mkdir(exist_ok=True)
+    temporary = pointer.with_name(f".writing-{pointer.name}-{os.getpid()}")
+    temporary.write_text(cache.digest)
+    os.replace(temporary, pointer)
+    return cache
 
 
 def build_token_cache(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> TokenCache:

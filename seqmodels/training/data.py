@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from seqmodels.configuration import ConfigError
-from seqmodels.tasks.corpus import read_documents
+from seqmodels.tasks.corpus import open_corpus
 from seqmodels.tasks.text import PackedText, split_documents
-from seqmodels.tasks.token_cache import TokenCache, build_token_cache
+from seqmodels.tasks.token_cache import TokenCache, open_token_cache
 from seqmodels.tasks.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.training.config import DataConfig
 
@@ -58,8 +58,8 @@ def load_text(config: DataConfig, *, seed: int, vocab_size: int) -> TextData:
 
 
 def _cache(source: str, config: DataConfig, tokenizer: Tokenizer) -> TokenCache:
-    documents = read_documents(source, suffixes=config.suffixes, text_column=config.text_column, split=config.split)
-    return build_token_cache(documents, tokenizer, cache_folder(config))
+    corpus = open_corpus(source, suffixes=config.suffixes, text_column=config.text_column, split=config.split)
+    return open_token_cache(corpus, tokenizer, cache_folder(config))
 
 
 def cache_folder(config: DataConfig) -> Path:

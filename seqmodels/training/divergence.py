@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from seqmodels.tasks.text import TextBatch
 
@@ -24,12 +24,13 @@ class TrainingDiverged(RuntimeError):
 
 
 def non_finite_gradients(model: nn.Module) -> list[str]:
-    """Names of parameters whose gradient is NaN or infinite somewhere."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not math.isfinite(float(parameter.grad.float().norm()))
-    ]
+    """Names of parameters whose gradient (this process's shard of it) is NaN or infinite somewhere."""
+    names = []
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            names.append(name)
+    return names
 
 
 def first_non_finite_module(objective: nn.Module, run: Iterable) -> str | None:

@@ -103,7 +103,9 @@ class Trainer:
         self.rows = _rows_per_micro_batch(config, here.world_size)
         if config.model.objective != "next_token":
             raise ConfigError(f"model.objective is {config.model.objective!r}; train takes 'next_token' models only")
-        self.data = load_text(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
+        # The main process tokenises; the others then find the cache.
+        here.on_main(self._load_text)
+        self.data = self._load_text()
         self.run = self._open_run(folder, resume)
 
         torch.manual_seed(config.seed)
@@ -175,6 +177,9 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         return loss_value, norm_value
+
+    def _load_text(self) -> TextData:
+        return load_text(self.config.data, seed=self.config.seed, vocab_size=self.config.model.vocab_size)
 
     def _batch(self, index: int) -> TextBatch:
         """Micro-batch ``index`` of the current step on this process."""

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from seqmodels.tasks import token_cache
-from seqmodels.tasks.corpus import CorpusError, Document, read_documents
+from seqmodels.tasks.corpus import CorpusError, Document, open_corpus
 from seqmodels.tasks.shuffle import hashed_order, permutation, raw_draws
-from seqmodels.tasks.token_cache import build_token_cache, load_token_cache
+from seqmodels.tasks.token_cache import build_token_cache, load_token_cache, open_token_cache
 from seqmodels.tasks.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -31,18 +31,18 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(folder):
-    assert list(read_documents(str(folder))) == [
+    assert list(open_corpus(str(folder))) == [
         Document("a.py", b"one"), Document("b.py", b"two"), Document("n.md", b"four"), Document("sub/c.py", b"three")
     ]  # fmt: skip
-    assert [name for name, _ in read_documents(str(folder), suffixes=(".py",))] == ["a.py", "b.py", "sub/c.py"]
+    assert [name for name, _ in open_corpus(str(folder), suffixes=(".py",))] == ["a.py", "b.py", "sub/c.py"]
 
 
 def test_a_file_is_one_document(folder):
-    assert list(read_documents(str(folder / "n.md"))) == [Document("n.md", b"four")]
+    assert list(open_corpus(str(folder / "n.md"))) == [Document("n.md", b"four")]
 
 
 def test_the_standard_library_is_there_without_tests_and_packages():
-    names = [name for name, _ in read_documents("stdlib")]
+    names = [name for name, _ in open_corpus("stdlib")]
     assert "argparse.py" in names
     assert "json/decoder.py" in names
     assert not [name for name in names if {"test", "site-packages", "idlelib"} & set(name.split("/"))]
@@ -55,25 +55,25 @@ def test_the_standard_library_is_there_without_tests_and_packages():
 def test_nothing_to_read_is_refused(folder, source, message):
     (folder / "empty").mkdir()
     with pytest.raises(CorpusError, match=message):
-        list(read_documents(source.format(folder)))
+        list(open_corpus(source.format(folder)))
 
 
 def test_suffixes_that_match_nothing_are_named(folder):
     with pytest.raises(CorpusError, match=r"files that end with \.txt"):
-        list(read_documents(str(folder), suffixes=(".txt",)))
+        list(open_corpus(str(folder), suffixes=(".txt",)))
 
 
 def test_a_hugging_face_data_set_from_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "", "drei ä"], "other": [1, 2, 3]}).save_to_disk(str(tmp_path / "set"))
-    found = list(read_documents(f"hf:{tmp_path / 'set'}"))
+    found = list(open_corpus(f"hf:{tmp_path / 'set'}"))
     assert found == [Document("train/0", b"one"), Document("train/2", "drei ä".encode())]
     with pytest.raises(CorpusError, match=r"no column 'content'; set data.text_column to one of text, other"):
-        list(read_documents(f"hf:{tmp_path / 'set'}", text_column="content"))
+        list(open_corpus(f"hf:{tmp_path / 'set'}", text_column="content"))
 
 
 def test_a_cache_gives_documents_back(folder, tmp_path):
-    cache = build_token_cache(read_documents(str(folder)), ByteTokenizer(), tmp_path / "cache")
+    cache = build_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache")
     assert cache.names == ["a.py", "b.py", "n.md", "sub/c.py"]
     assert [bytes(cache.document(index)) for index in range(4)] == [b"\0one\0", b"\0two\0", b"\0four\0", b"\0three\0"]
     assert cache.tokens.dtype == np.uint8
@@ -85,7 +85,7 @@ def test_a_cache_gives_documents_back(folder, tmp_path):
 
 def test_the_digest_follows_names_and_contents(folder, tmp_path):
     def digest():
-        return build_token_cache(read_documents(str(folder)), ByteTokenizer(), tmp_path / "cache").digest
+        return build_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache").digest
 
     first = digest()
     assert digest() == first
@@ -95,13 +95,24 @@ def test_the_digest_follows_names_and_contents(folder, tmp_path):
     assert len({first, second, digest()}) == 3
 
 
+def test_a_known_corpus_is_not_read_again(folder, tmp_path, monkeypatch):
+    first = open_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "build_token_cache", lambda *arguments: pytest.fail("read again"))
+        again = open_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache")
+    assert again.digest == first.digest
+    (folder / "a.py").write_text("other text")
+    changed = open_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache")
+    assert bytes(changed.document(0)) == b"\0other text\0"
+
+
 def test_a_failed_write_leaves_no_cache(folder, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(token_cache.np, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        build_token_cache(read_documents(str(folder)), ByteTokenizer(), tmp_path / "cache")
+        build_token_cache(open_corpus(str(folder)), ByteTokenizer(), tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
 
