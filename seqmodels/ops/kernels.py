@@ -25,7 +25,8 @@ audited is what runs::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,10 @@ class KernelSpec:
 
     def tile(self, device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
         """The configuration to launch with: tuned for this device if the user tuned it, else the heuristic's."""
+        if _chosen is not None:
+            tile = _chosen(self, variant, dtype)
+            if tile is not None:
+                return tile
         tuned = tuned_tile(device, self.name, variant, dtype)
         if tuned is not None and tuned in self.shipped_tiles(variant, dtype):
             return tuned
@@ -121,3 +126,21 @@ class KernelSpec:
         if not shipped:
             raise ValueError(f"kernel {self.name!r}: no tile is valid for {dict(variant)} and {dtype}")
         return shipped
+
+
+Choice = Callable[["KernelSpec", Mapping[str, Any], str], "Tile | None"]
+_chosen: Choice | None = None
+
+
+@contextlib.contextmanager
+def choosing_tiles(choice: Choice) -> Iterator[None]:
+    """Inside the block ``choice(kernel, variant, dtype)`` decides every tile; None leaves it to the kernel.
+
+    What the tuner and the test of every shipped tile use.
+    """
+    global _chosen
+    previous, _chosen = _chosen, choice
+    try:
+        yield
+    finally:
+        _chosen = previous

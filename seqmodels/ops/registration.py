@@ -30,8 +30,12 @@ import torch
 from torch import Tensor
 
 from seqmodels import backends
+from seqmodels.ops import canary
 
 _library = torch.library.Library("seqmodels", "FRAGMENT")
+
+
+OPERATORS: dict[str, Operator] = {}
 
 
 class Operator:
@@ -71,6 +75,7 @@ class Operator:
         self.outputs = outputs
         self.kept = outputs if keep_outputs else residuals
         self._loaded: dict[str, ModuleType] = {}
+        OPERATORS[name] = self
         returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
         _library.define(f"{name}({arguments}, str backend) -> {returns}")
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
@@ -125,7 +130,11 @@ class Operator:
             return f"its tensors are on {device_type!r}; CUDA kernels run on a GPU"
         module = self.module(backend)
         supports = getattr(module, "supports", None)
-        return None if supports is None else supports(*args)
+        reason = None if supports is None else supports(*args)
+        if reason is None and device_type == "cuda" and backend in ("triton", "cuda"):
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            reason = canary.refusal(self, backend, device)
+        return reason
 
     # ---- kernels
 

@@ -1,0 +1,161 @@
+"""Small random problems of every op that has GPU kernels.
+
+The canary runs them at the first use on an unknown GPU, the GPU check with guarded memory, and
+``seqmodels tune`` at a larger size. Sizes are odd on purpose: partial chunks, one-token documents,
+padding, unused document slots, grouped heads, several ranks, strided rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass
+class Draw:
+    """A source of random tensors of one dtype on one device; the global generator is left alone.
+
+    Attributes:
+        dtype: of the matrix inputs; decays and states are float32.
+        batch, length: the grid.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | str
+    batch: int = 2
+    length: int = 131
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self.wide(*shape, scale=scale).to(self.dtype)
+
+    def wide(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Float32 whatever the dtype: what recurrence parameters and carried states are."""
+        return (scale * torch.randn(shape, generator=self.generator)).to(self.device)
+
+    def log_decay(self, *shape: int) -> Tensor:
+        """From almost no decay to e^-5 a token."""
+        return -F.softplus(3 * self.wide(*shape) - 3)
+
+    def documents(self) -> tuple[Tensor, Tensor]:
+        """Starts and lengths: a document of one token, one behind it up to padding, a full row, an unused slot."""
+        size, length = self.batch * self.length, self.length
+        starts = [0, 1, *range(length, size, length), size]
+        lengths = [1, max(1, length - 4), *([length] * (self.batch - 1)), 0]
+        return torch.tensor(starts, device=self.device), torch.tensor(lengths, device=self.device)
+
+
+def _linear_attention(draw: Draw) -> list[Arguments]:
+    grid = (draw.batch, draw.length)
+    starts, lengths = draw.documents()
+    slots = len(starts)
+
+    def qkv(ranks: int, groups: int, heads: int, width: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = (draw.normal(*grid, ranks, groups, width, scale=width**-0.25) for _ in range(2))
+        return q, k, draw.normal(*grid, ranks, heads, head)
+
+    def weights(heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        past, diagonal = (torch.sigmoid(draw.wide(*grid, heads)) for _ in range(2))
+        return draw.log_decay(*grid, heads), past, diagonal
+
+    q, k, v = qkv(1, 1, 2, 32, 32)
+    normalized = (q.abs(), k.abs(), v, None, None, None, None, None, None, True, 1e-6, 64)
+    return [
+        (*qkv(1, 1, 4, 128, 64), draw.log_decay(*grid, 4), None, None, None, None, None, False, 1e-6, 64),
+        (
+            *qkv(1, 2, 4, 64, 64), *weights(4), draw.wide(slots, 4, 64, 64), starts, lengths, False, 1e-6, 64,
+        ),
+        (*qkv(4, 1, 2, 32, 16), *weights(2), None, starts, lengths, False, 1e-6, 64),
+        normalized,
+    ]  # fmt: skip
+
+
+def _linear_attention_step(draw: Draw) -> list[Arguments]:
+    batch, heads, width, head = draw.batch, 4, 128, 64
+    q, k = (draw.normal(batch, 1, 1, width, scale=width**-0.25) for _ in range(2))
+    v, state = draw.normal(batch, 1, heads, head), draw.wide(batch, heads, width, head)
+    return [(q, k, v, draw.log_decay(batch, heads), None, None, state, False, 1e-6)]
+
+
+def _short_conv(draw: Draw) -> list[Arguments]:
+    starts, lengths = draw.documents()
+    found: list[Arguments] = []
+    for channels, width, silu, packed in ((200, 4, True, False), (64, 3, False, True), (128, 1, True, False)):
+        x = draw.normal(draw.batch, draw.length, channels + 8)[..., :channels]  # strided rows: part of a projection
+        weight, bias = draw.normal(channels, width, scale=0.5), draw.normal(channels)
+        slots = len(starts) if packed else draw.batch
+        state = draw.wide(slots, width - 1, channels)
+        documents = (starts, lengths) if packed else (None, None)
+        found.append((x, weight, bias if silu else None, state, *documents, silu))
+    return found
+
+
+def _short_conv_step(draw: Draw) -> list[Arguments]:
+    found: list[Arguments] = []
+    for channels, width, silu in ((200, 4, True), (64, 3, False), (128, 1, True)):
+        weight, bias = draw.normal(channels, width, scale=0.5), draw.normal(channels)
+        state = draw.wide(draw.batch, width - 1, channels)
+        found.append((draw.normal(draw.batch, channels), weight, bias if silu else None, state, silu))
+    return found
+
+
+def _mamba3(draw: Draw) -> list[Arguments]:
+    return [_mamba3_case(draw, ranks=1, state=128, packed=False), _mamba3_case(draw, ranks=4, state=64, packed=True)]
+
+
+def _mamba3_case(draw: Draw, *, ranks: int, state: int, packed: bool) -> Arguments:
+    grid, heads, width, angles = (draw.batch, draw.length), 4, 64, state // 4
+    starts, lengths = draw.documents() if packed else (None, None)
+    slots = draw.batch if starts is None else len(starts)
+    dt = F.softplus(draw.wide(*grid, heads) - 3)
+    mixes = [draw.wide(heads, ranks, width, scale=1 / ranks) if ranks > 1 else None for _ in range(3)]
+    carried = (
+        draw.wide(slots, heads, angles),
+        draw.wide(slots, heads, width, state),
+        draw.wide(slots, ranks, heads, state),
+        draw.wide(slots, heads, width),
+    )
+    return (
+        draw.normal(*grid, heads, width),
+        draw.normal(*grid, ranks, 1, state),
+        draw.normal(*grid, ranks, 1, state),
+        draw.normal(*grid, heads, width),
+        dt,
+        -dt * (1 + draw.wide(*grid, heads).abs()),
+        torch.sigmoid(draw.wide(*grid, heads)),
+        dt,
+        torch.pi * torch.tanh(draw.wide(*grid, angles)),
+        1 + draw.wide(state, scale=0.1),
+        1 + draw.wide(state, scale=0.1),
+        1 + draw.wide(heads, ranks, state, scale=0.1),
+        1 + draw.wide(heads, ranks, state, scale=0.1),
+        1 + draw.wide(heads, scale=0.1),
+        *mixes,
+        None,
+        *carried,
+        starts,
+        lengths,
+        "adjacent",
+        1e-5,
+        64,
+    )
+
+
+EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
+    "linear_attention": _linear_attention,
+    "linear_attention_step": _linear_attention_step,
+    "short_conv": _short_conv,
+    "short_conv_step": _short_conv_step,
+    "mamba3": _mamba3,
+}
