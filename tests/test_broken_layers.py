@@ -366,7 +366,7 @@ BROKEN = {
     ReturnsGivenTensor: {"split", "packing", "batch"},
     ReturnsView: {"split", "accounting"},
     DetachesState: {"split"},
-    GrowsState: {"split", "packing", "batch", "backend_agreement", "accounting"},
+    GrowsState: {"split", "packing", "batch", "backend_agreement", "registration", "accounting"},
     DefaultStateDiffers: {"split"},
     LeaksAcrossDocuments: {"packing"},
     LeaksGradientAcrossDocuments: {"packing"},
