@@ -157,7 +157,8 @@ def tuned_path(device: Device) -> Path:
 
 
 @functools.cache
-def _tuned(device: Device) -> dict[tuple[str, str, str], Tile]:
+def tuned_tiles(device: Device) -> dict[tuple[str, str, str], Tile]:
+    """(kernel, variant, dtype) -> tile, as stored for this device; empty where ``seqmodels tune`` never ran."""
     path = tuned_path(device)
     if not path.exists():
         return {}
@@ -176,5 +177,5 @@ def _tuned(device: Device) -> dict[tuple[str, str, str], Tile]:
 
 def tuned_tile(device: Device, kernel: str, variant: Mapping[str, Any], dtype: str) -> Tile | None:
     """What ``seqmodels tune`` found best on this device, or None where it never ran."""
-    tuned = _tuned(device)
+    tuned = tuned_tiles(device)
     return tuned.get((kernel, variant_label(variant), dtype)) if tuned else None
