@@ -245,6 +245,7 @@ _operator = Operator(
     modules={
         "reference": f"{_PACKAGE}.reference",
         "torch": f"{_PACKAGE}.torch",
+        "cpu": f"{_PACKAGE}.cpu",
     },
     differentiable=tuple(range(22)),
 )

@@ -60,7 +60,10 @@ def mamba3_step(
     parameters = (dt_bias, b_weight, c_weight, b_bias, c_bias, skip, mimo_x, mimo_z, mimo_o, norm_weight)
     return _operator(
         projected,
-        *(parameter if parameter is None or parameter.dtype == wide else parameter.to(wide) for parameter in parameters),
+        *(
+            parameter if parameter is None or parameter.dtype == wide else parameter.to(wide)
+            for parameter in parameters
+        ),
         *fields,
         projection.num_groups,
         pairing,
