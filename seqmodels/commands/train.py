@@ -23,5 +23,4 @@ def command(
     from seqmodels.training.loop import train
 
     folder = out or Path("runs") / config.stem
-    result = train(load_train_config(config, overrides), folder, resume=resume, console=Console())
-    Console().print(f"run folder: {result.run.path}")
+    train(load_train_config(config, overrides), folder, resume=resume, console=Console())

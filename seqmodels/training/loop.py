@@ -153,6 +153,7 @@ class Trainer:
             self.display.close()
         if self.here.is_main:
             plot_losses(list(self.run.rows()), self.run.path / "loss.png")
+        self.display.message(f"run folder: {self.run.path}")
 
     def _take_step(self, factor: float) -> tuple[float, float]:
         config = self.config

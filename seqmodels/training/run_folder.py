@@ -66,7 +66,9 @@ class RunFolder:
         changed = differences(_binding(run.config()), _binding(config))
         if changed:
             raise RunFolderError(
-                f"{path} holds a run of another configuration; in it, against the one given:\n  " + "\n  ".join(changed)
+                f"{path} holds a run of another configuration; in it, against the one given:\n  "
+                + "\n  ".join(changed)
+                + "\nGo on with the run's own configuration, or choose another folder with --out"
             )
         with _writing(path):
             remove_leftovers(run.checkpoints)
