@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from seqmodels.configuration import dump_yaml, parse_yaml
 from seqmodels.mixers.base import Mixer
 from seqmodels.testing.subject import (
     initial_state,
@@ -64,7 +64,7 @@ def round_trip(
     _check_dtypes(layer, run, batch_size, length)
     if factory is not None:
         arguments = dict(config or {})
-        again = yaml.safe_load(yaml.safe_dump(arguments))
+        again = parse_yaml(dump_yaml(arguments))
         require(again == arguments, f"the configuration {arguments} reads back from YAML as {again}")
         _check_rebuilt(layer, factory, again, run, expected)
 
