@@ -70,6 +70,19 @@ static inline int64_t short_conv_scratch(int64_t width) {
 
 namespace SEQMODELS_LEVEL {
 
+// A whole vector, or its first n lanes at the end of the channels (a slow path: memory is copied).
+template <bool Full, class T>
+SEQMODELS_INLINE Vec get(const T* from, int64_t n) {
+  if constexpr (Full) return load(from);
+  return load(from, n);
+}
+
+template <bool Full, class T>
+SEQMODELS_INLINE void put(T* to, Vec value, int64_t n) {
+  if constexpr (Full) return store(to, value);
+  return store(to, value, n);
+}
+
 // Copies u[begin .. end) of the document, channels [first, last), as float rows of
 // kTileChannels; rows outside the document and its state are zero.
 template <class T>
@@ -81,8 +94,8 @@ static void gather_inputs(const ShortConvArguments& a, const ShortConvDocument<T
     for (int64_t c = first; c < last; c += kLanes) {
       const int64_t n = std::min<int64_t>(kLanes, last - c);
       Vec value{};
-      if (x) value = n == kLanes ? load(x + c) : load(x + c, n);
-      if (state) value = n == kLanes ? load(state + c) : load(state + c, n);
+      if (x) value = n == kLanes ? get<true>(x + c, n) : get<false>(x + c, n);
+      if (state) value = n == kLanes ? get<true>(state + c, n) : get<false>(state + c, n);
       store(rows + (c - first), value);  // rows are kTileChannels wide, a multiple of kLanes
     }
   }
@@ -94,15 +107,9 @@ template <int Width, bool Full, class X, class Y>
 static void convolve(const X* x, int64_t x_stride, Y* y, int64_t y_stride, int64_t tokens, const float* weight,
                      int64_t weight_stride, int64_t width, Vec bias, bool silu, int64_t n) {
   constexpr int kRows = 4;  // outputs at a time, so that each input is loaded once for several
-  auto read = [&](const X* from) __attribute__((always_inline)) { return Full ? load(from) : load(from, n); };
-  auto write = [&](Y* to, Vec z) __attribute__((always_inline)) {
-    const Vec value = silu ? z * sigmoid(z) : z;
-    Full ? store(to, value) : store(to, value, n);
-  };
-  auto tap = [&](int64_t w) __attribute__((always_inline)) {
-    const float* from = weight + w * weight_stride;
-    return Full ? load(from) : load(from, n);
-  };
+  auto read = [&](const X* from) __attribute__((always_inline)) { return get<Full>(from, n); };
+  auto write = [&](Y* to, Vec z) __attribute__((always_inline)) { put<Full>(to, silu ? z * sigmoid(z) : z, n); };
+  auto tap = [&](int64_t w) __attribute__((always_inline)) { return get<Full>(weight + w * weight_stride, n); };
   if constexpr (Width > 0) {
     Vec taps[Width];
     for (int w = 0; w < Width; ++w) taps[w] = tap(w);
@@ -169,82 +176,93 @@ static void forward(const ShortConvArguments& a, const ShortConvDocument<T>& d, 
   }
 }
 
+// One vector of channels of a unit: `inputs` and `grads` are the unit's rows at channel c.
+template <bool Full, class T>
+static void backward_channels(const ShortConvArguments& a, const ShortConvDocument<T>& d, int64_t begin, int64_t end,
+                              int64_t halo, int64_t c, int64_t n, const float* inputs, float* grads,
+                              float* grad_weight, float* grad_initial_state) {
+  const int64_t history = a.width - 1, channels = a.channels, tokens = end - begin;
+  for (int64_t t = begin; t < halo; ++t) {
+    float* slot = grads + (t - begin) * kTileChannels;
+    Vec grad = get<Full>(d.grad_y + t * d.grad_y_stride + c, n);
+    if (a.silu) {
+      const Vec z = load(slot), gate = sigmoid(z);
+      grad *= gate * (1.0f + z * (1.0f - gate));
+    }
+    store(slot, grad);
+  }
+  // The weights: input w of output t is row t + w of `inputs`.
+  Vec total{};
+  for (int64_t t = 0; t < tokens; ++t) total += load(grads + t * kTileChannels);
+  put<Full>(grad_weight + a.width * channels + c, total, n);
+  for (int64_t w = 0; w < a.width; ++w) {
+    total = Vec{};
+    for (int64_t t = 0; t < tokens; ++t) {
+      total += load(grads + t * kTileChannels) * load(inputs + (t + w) * kTileChannels);
+    }
+    put<Full>(grad_weight + w * channels + c, total, n);
+  }
+  // The inputs: token t is input w of output t + (W - 1) - w; the last W - 1 are also state.
+  for (int64_t t = begin; t < end; ++t) {
+    total = Vec{};
+    const int64_t lags = std::min(history, halo - 1 - t);
+    for (int64_t lag = 0; lag <= lags; ++lag) {
+      total += get<Full>(a.weight + (history - lag) * channels + c, n) * load(grads + (t + lag - begin) * kTileChannels);
+    }
+    const int64_t slot = t - (d.length - history);
+    if (d.grad_final_state && slot >= 0) total += get<Full>(d.grad_final_state + slot * channels + c, n);
+    put<Full>(d.out + t * channels + c, total, n);
+  }
+  if (begin > 0 || !grad_initial_state) return;
+  // The initial state: row j is input w of output j - w, and row j - length of the final state.
+  for (int64_t j = 0; j < history; ++j) {
+    total = Vec{};
+    for (int64_t t = 0; t <= std::min(j, halo - 1); ++t) {
+      total += get<Full>(a.weight + (j - t) * channels + c, n) * load(grads + t * kTileChannels);
+    }
+    if (d.grad_final_state && j >= d.length) {
+      total += get<Full>(d.grad_final_state + (j - d.length) * channels + c, n);
+    }
+    put<Full>(grad_initial_state + j * channels + c, total, n);
+  }
+}
+
 template <class T>
 static void backward(const ShortConvArguments& a, const ShortConvDocument<T>& d, int64_t begin, int64_t end,
                      int64_t first, int64_t last, float* grad_weight, float* grad_initial_state, float* scratch) {
   const int64_t history = a.width - 1;
   const int64_t halo = std::min(end + history, d.length);  // gradients of [begin, halo) reach [begin, end)
   float* inputs = scratch;                                 // u[begin - history .. halo)
-  float* grads = scratch + (halo - begin + history) * kTileChannels;  // dL/dz[begin .. halo)
+  float* grads = scratch + (halo - begin + history) * kTileChannels;  // z, then dL/dz, of [begin .. halo)
   gather_inputs(a, d, begin - history, halo, first, last, inputs);
   if (a.silu) convolve_channels(a, inputs, kTileChannels, grads, kTileChannels, halo - begin, first, last, false);
-
   for (int64_t c = first; c < last; c += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, last - c), offset = c - first;
-    for (int64_t t = begin; t < halo; ++t) {
-      float* slot = grads + (t - begin) * kTileChannels + offset;
-      const T* from = d.grad_y + t * d.grad_y_stride + c;
-      Vec grad = n == kLanes ? load(from) : load(from, n);
-      if (a.silu) {
-        const Vec z = load(slot), gate = sigmoid(z);
-        grad *= gate * (1.0f + z * (1.0f - gate));
-      }
-      store(slot, grad);
-    }
-    // The weights: input w of output t is row t + w of `inputs`.
-    for (int64_t w = 0; w < a.width; ++w) {
-      Vec total{};
-      for (int64_t t = 0; t < end - begin; ++t) {
-        total += load(grads + t * kTileChannels + offset) * load(inputs + (t + w) * kTileChannels + offset);
-      }
-      store(grad_weight + w * a.channels + c, total, n);
-    }
-    Vec total{};
-    for (int64_t t = 0; t < end - begin; ++t) total += load(grads + t * kTileChannels + offset);
-    store(grad_weight + a.width * a.channels + c, total, n);
-    // The inputs: token t is input w of output t + (W - 1) - w; the last W - 1 are also state.
-    for (int64_t t = begin; t < end; ++t) {
-      Vec total{};
-      for (int64_t lag = 0; lag <= std::min(history, halo - 1 - t); ++lag) {
-        total += load(a.weight + (history - lag) * a.channels + c, n) *
-                 load(grads + (t + lag - begin) * kTileChannels + offset);
-      }
-      const int64_t slot = t - (d.length - history);
-      if (d.grad_final_state && slot >= 0) total += load(d.grad_final_state + slot * a.channels + c, n);
-      store(d.out + t * a.channels + c, total, n);
-    }
-    // The initial state: row j is input w of output j - w, and row j - length of the final state.
-    if (begin == 0 && grad_initial_state) {
-      for (int64_t j = 0; j < history; ++j) {
-        Vec total{};
-        for (int64_t t = 0; t <= std::min(j, halo - 1); ++t) {
-          total += load(a.weight + (j - t) * a.channels + c, n) * load(grads + t * kTileChannels + offset);
-        }
-        if (d.grad_final_state && j >= d.length) {
-          total += load(d.grad_final_state + (j - d.length) * a.channels + c, n);
-        }
-        store(grad_initial_state + j * a.channels + c, total, n);
-      }
-    }
+    const auto run = n == kLanes ? backward_channels<true, T> : backward_channels<false, T>;
+    run(a, d, begin, end, halo, c, n, inputs + offset, grads + offset, grad_weight, grad_initial_state);
   }
+}
+
+template <bool Full, class T>
+static void step_channels(const ShortConvArguments& a, const T* x, float* state, T* y, int64_t c, int64_t n) {
+  const int64_t history = a.width - 1;
+  const Vec input = get<Full>(x + c, n);
+  Vec z = a.bias ? get<Full>(a.bias + c, n) : Vec{};
+  for (int64_t w = 0; w < history; ++w) {
+    const Vec old = get<Full>(state + w * a.channels + c, n);
+    z += get<Full>(a.weight + w * a.channels + c, n) * old;
+    if (w > 0) put<Full>(state + (w - 1) * a.channels + c, old, n);
+  }
+  z += get<Full>(a.weight + history * a.channels + c, n) * input;
+  if (history > 0) put<Full>(state + (history - 1) * a.channels + c, input, n);
+  put<Full>(y + c, a.silu ? z * sigmoid(z) : z, n);
 }
 
 template <class T>
 static void step(const ShortConvArguments& a, const T* x, float* state, T* y, int64_t first, int64_t last) {
-  const int64_t history = a.width - 1;
-  for (int64_t c = first; c < last; c += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, last - c);
-    const Vec input = load(x + c, n);
-    Vec z = a.bias ? load(a.bias + c, n) : Vec{};
-    for (int64_t w = 0; w < history; ++w) {
-      const Vec old = load(state + w * a.channels + c, n);
-      z += load(a.weight + w * a.channels + c, n) * old;
-      if (w > 0) store(state + (w - 1) * a.channels + c, old, n);
-    }
-    z += load(a.weight + history * a.channels + c, n) * input;
-    if (history > 0) store(state + (history - 1) * a.channels + c, input, n);
-    store(y + c, a.silu ? z * sigmoid(z) : z, n);
-  }
+  int64_t c = first;
+  for (; c + kLanes <= last; c += kLanes) step_channels<true>(a, x, state, y, c, kLanes);
+  if (c < last) step_channels<false>(a, x, state, y, c, last - c);
 }
 
 #define SEQMODELS_DEFINE(T)                                                                                          \
