@@ -51,8 +51,9 @@ class Draw:
     def documents(self) -> tuple[Tensor, Tensor]:
         """Starts and lengths: a document of one token, one behind it up to padding, a full row, an unused slot."""
         size, length = self.batch * self.length, self.length
-        starts = [0, 1, *range(length, size, length), size]
-        lengths = [1, max(1, length - 4), *([length] * (self.batch - 1)), 0]
+        first = [(0, 1), (1, length - 4)] if length > 5 else [(0, length)]
+        spans = [*first, *((row * length, length) for row in range(1, self.batch)), (size, 0)]
+        starts, lengths = ([span[part] for span in spans] for part in (0, 1))
         return torch.tensor(starts, device=self.device), torch.tensor(lengths, device=self.device)
 
 

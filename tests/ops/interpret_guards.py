@@ -1,0 +1,34 @@
+"""Triton kernels between guard pages, interpreted: reads and writes outside their tensors show without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import seqmodels.ops.linear_attention
+import seqmodels.ops.mamba3
+import seqmodels.ops.short_conv  # noqa: F401  (registers the ops)
+from seqmodels.ops import canary
+from seqmodels.ops.examples import EXAMPLES, Draw
+from seqmodels.ops.registration import OPERATORS
+from seqmodels.testing.guarded import run_guarded
+
+NAMES = [name for name in sorted(EXAMPLES) if "triton" in OPERATORS[name].modules]
+
+
+@pytest.mark.parametrize("length", [1, 19])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_stays_inside_its_memory(name, length):
+    operator = OPERATORS[name]
+    taken = 0
+    for arguments in EXAMPLES[name](Draw(torch.float32, "cpu", length=length)):
+        if operator._refusal("triton", "cpu", arguments) is not None:
+            continue
+        taken += 1
+        plain = canary.results(operator, "triton", arguments)
+        guarded = run_guarded(lambda *given, op=operator: canary.results(op, "triton", given), *arguments)
+        exact = canary.results(operator, "reference", canary.in_dtype(arguments, torch.float64))
+        for (what, value), (_, same), (_, truth) in zip(plain, guarded, exact, strict=True):
+            assert torch.equal(value, same), f"{what} depends on memory outside the tensors"
+            assert canary.relative_error(value, truth) < canary.TOLERANCE[torch.float32], what
+    assert taken
