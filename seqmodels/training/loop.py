@@ -308,8 +308,9 @@ class Trainer:
         place = where or (f"the gradient of {gradients[0]}" if gradients else "another process's batch")
         raise TrainingDiverged(
             f"step {self.step}: loss {loss}, gradient norm {norm}; first not finite: {place}. Weights are unchanged. "
-            f"The batch, the weights and a report are in {folder}. Lower optimizer.learning_rate, lengthen "
-            "schedule.warmup_steps, or go on from an earlier checkpoint",
+            f"The batch, the weights and a report are in {folder}. Start again with a lower optimizer.learning_rate or "
+            f"a longer schedule.warmup_steps; to keep the steps so far, change it in {self.run.config_path} too and "
+            "go on with --resume",
             folder,
         )
 
