@@ -55,7 +55,7 @@ kernels: $(STAMP)
 # The kernel tests under the address sanitizer, on a copy so that the installed library stays as it is.
 asan: $(STAMP)
 	rm -rf build/asan && mkdir -p build/asan
-	cp -r setup.py pyproject.toml README.md LICENSE csrc seqmodels tests build/asan/
+	cp -r setup.py pyproject.toml LICENSE csrc seqmodels tests build/asan/
 	rm -f build/asan/seqmodels/_C*.so
 	cd build/asan && $(ASAN) $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd build/asan && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libstdc++.so)" \
