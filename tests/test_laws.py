@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "mamba3": {
         "siso": dict(d_state=8, head_dim=8),
         "mimo": dict(d_state=8, head_dim=8, mimo_rank=2, num_groups=2, rope_fraction=1.0, out_norm=True),
+        "ablated": dict(d_state=8, head_dim=8, rotation="fixed", trapezoid=False),
+        "mimo without rotation": dict(d_state=8, head_dim=8, mimo_rank=3, rotation="none"),
         "half softplus": dict(d_state=8, head_dim=8, pairing="half", a_activation="softplus"),
     },
     "swiglu": {"plain": dict(multiple_of=8)},
