@@ -25,4 +25,4 @@ def forward(
         values = with_ones(values)
     y, after = advance(q, k, values, log_decay, past_weight, diagonal_weight, state)
     state.copy_(after)
-    return (normalized(y, epsilon) if normalize else y).to(v.dtype)
+    return (normalized(y, epsilon) if normalize else y).to(v.dtype).contiguous()
