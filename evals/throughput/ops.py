@@ -98,7 +98,8 @@ def build(case: Case, device: torch.device) -> Problem:
 
     cost = op.cost(case)
     if training:
-        cost = Cost(*(a + b for a, b in zip(cost[:2], op.backward_cost(case)[:2], strict=True)), cost.tokens)
+        backward = op.backward_cost(case)
+        cost = Cost(cost.flops + backward.flops, cost.bytes + backward.bytes, cost.tokens)
     return Problem(inputs, contestants, check, cost, skipped=skipped)
 
 

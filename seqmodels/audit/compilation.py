@@ -99,8 +99,8 @@ def compile_all(
             futures = {pool.submit(_work, jobs[index]): index for index in pending}
             for future in as_completed(futures):
                 index = futures[future]
-                rows[index] = future.result()
-                _store(paths[index], rows[index])
+                row = rows[index] = future.result()
+                _store(paths[index], row)
                 done += 1
                 progress(done, len(jobs))
     return [row for row in rows if row is not None]
@@ -151,13 +151,14 @@ def judge(spec: KernelSpec, job: Job, found: Resources) -> list[str]:
 
 def _measure(spec: KernelSpec, job: Job) -> Resources:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
 
     device = KNOWN_DEVICES[job.target]
     target = GPUTarget(device.backend, device.architecture, device.warp_size)
     options = {"num_warps": job.tile.num_warps, "num_stages": job.tile.num_stages}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
         kernel = triton.compile(_source(spec, job), target=target, options=options)
     shared, num_warps = kernel.metadata.shared, kernel.metadata.num_warps
     if device.backend == "hip":
@@ -171,9 +172,9 @@ def _measure(spec: KernelSpec, job: Job) -> Resources:
 
 def triton_tools() -> tuple[str, str]:
     """cuobjdump and nvdisasm from Triton's package."""
-    import triton
+    from triton import knobs
 
-    return triton.knobs.nvidia.cuobjdump.path, triton.knobs.nvidia.nvdisasm.path
+    return knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path
 
 
 def _source(spec: KernelSpec, job: Job) -> Any:
@@ -187,7 +188,7 @@ def _source(spec: KernelSpec, job: Job) -> Any:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = spec.signature[name].format(dtype=job.dtype)
+        signature[name] = spec.signature[name].format(dtype=job.dtype, **constants)
         if signature[name].startswith("*") or name in spec.divisible:
             aligned[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(spec.function, signature, constants, aligned)

@@ -11,7 +11,8 @@ as for any capture.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,12 +62,12 @@ def verdict(operator: Operator, backend: str, device: torch.device, target: str)
         for number, arguments in enumerate(EXAMPLES[operator.name](Draw(dtype, device))):
             where = f"{operator.name} kernel of backend {backend!r} on {target}, {dtype}, example {number}"
             try:
-                errors = list(relative_errors(operator, backend, arguments))
+                errors = relative_errors(operator, backend, arguments)
             except NotImplementedError:
                 continue  # the kernel says itself that it does not take these arguments
             except Exception as error:
                 return f"{where}: raised {type(error).__name__}: {error}. {_WHAT_NOW}"
-            for name, error in errors:
+            for name, error in errors.items():
                 if not error <= TOLERANCE[dtype]:
                     return f"{where}: {name} is off by {error:.1e} of its norm from the float64 definition. {_WHAT_NOW}"
     logger.info("%s: the %r kernels agree with the definition on %s", operator.name, backend, target)
@@ -78,22 +79,36 @@ _WHAT_NOW = (
 )
 
 
-def relative_errors(operator: Operator, backend: str, arguments: Arguments) -> Iterator[tuple[str, float]]:
-    """(name, relative error) of every output, every updated state and every gradient of ``backend``.
+def relative_errors(operator: Operator, backend: str, arguments: Arguments) -> dict[str, float]:
+    """Relative error of every output, every updated state and every gradient of ``backend``.
 
     Raises:
         NotImplementedError: the backend does not take these arguments.
     """
     exact = results(operator, "reference", in_dtype(arguments, torch.float64))
-    found = results(operator, backend, arguments)
+    return compare(results(operator, backend, arguments), exact)
+
+
+def compare(found: Sequence[tuple[str, Tensor]], exact: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
+    """Root mean square of each difference over that of the truth; infinite for what is not a number.
+
+    A tensor that is small beside its kind (a gradient that is zero but for rounding) is measured against
+    a hundredth of the largest of its kind: outputs, updated arguments, gradients.
+    """
+    sizes: dict[str, float] = {}
+    for name, truth in exact:
+        kind = name.split()[0]
+        sizes[kind] = max(sizes.get(kind, 0.0), _size(truth))
+    errors = {}
     for (name, truth), (_, value) in zip(exact, found, strict=True):
-        yield name, relative_error(value, truth)
+        error = _size(value.double() - truth.double())
+        scale = max(_size(truth), 0.01 * sizes[name.split()[0]], 1e-30)
+        errors[name] = error / scale if math.isfinite(error) else math.inf
+    return errors
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Euclidean norm of the difference over that of the truth; infinite for what is not a number."""
-    error = (value.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
-    return error.item() if error.isfinite() else float("inf")
+def _size(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
 
 
 def results(operator: Operator, backend: str, arguments: Arguments) -> list[tuple[str, Tensor]]:

@@ -109,10 +109,7 @@ def _tune_problem(
                 continue
             try:
                 with choosing_tiles(only(key, tile)):
-                    error = max(
-                        canary.relative_error(value, truth)
-                        for (_, value), (_, truth) in zip(run(), expected, strict=True)
-                    )
+                    error = max(canary.compare(run(), expected).values())
                     if error > canary.TOLERANCE[arguments[0].dtype]:
                         say(f"{spec.name} {tile.label}: differs from the default tile by {error:.1e}; not taken")
                         continue

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 PAGE = 4096  # bytes on either side; a multiple of every alignment that kernels ask for
 _EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -47,7 +47,7 @@ class GuardedMemory(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, lambda tensor: self._guard(tensor, "an argument", fill=True), values)
 
     def _guard(self, tensor: Tensor, what: str, *, fill: bool) -> Tensor:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             used = 0 if tensor.numel() == 0 else extent * tensor.element_size()
             padded = -(-used // 16) * 16
