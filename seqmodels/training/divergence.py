@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.utils._pytree as pytree
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,7 +34,7 @@ def non_finite_gradients(model: nn.Module) -> list[str]:
     return names
 
 
-def first_non_finite_module(objective: nn.Module, run: Iterable) -> str | None:
+def first_non_finite_output(objective: nn.Module, run: Iterable) -> str | None:
     """Name of the first module whose output is not finite while ``run`` (an iterable that calls it) goes on."""
     found: list[str] = []
 
@@ -57,17 +58,46 @@ def first_non_finite_module(objective: nn.Module, run: Iterable) -> str | None:
     return found[0] if found else None
 
 
-def save_divergence(folder: Path, batch: TextBatch, weights: dict[str, Tensor] | None, rank: int, report: dict) -> None:
-    """Writes ``batch_rank.safetensors``, ``model.safetensors`` (the weights before the step) and ``report.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = torch.tensor([len(row) for row in batch.lengths])
-    lengths = torch.tensor([length for row in batch.lengths for length in row])
-    save_file(
-        {"tokens": batch.tokens, "targets": batch.targets, "document_counts": counts, "document_lengths": lengths},
-        folder / f"batch_{rank}.safetensors",
+def diverged(
+    folder: Path,
+    what: str,
+    batches: list[TextBatch],
+    weights: dict[str, Tensor] | None,
+    *,
+    rank: int,
+    output: str | None,
+    gradients: list[str],
+) -> TrainingDiverged:
+    """Saves ``batch_RANK.safetensors``, ``model.safetensors`` and ``report.json``; the error to raise.
+
+    Args:
+        what: step, loss and gradient norm in words.
+        batches: this process's micro-batches of the step.
+        weights: before the step; None on all processes but one.
+        output, gradients: what :func:`first_non_finite_output` and :func:`non_finite_gradients` found.
+    """
+    lengths = [row for batch in batches for row in batch.lengths]
+    tensors = {
+        "tokens": torch.cat([batch.tokens for batch in batches]),
+        "targets": torch.cat([batch.targets for batch in batches]),
+        "document_counts": torch.tensor([len(row) for row in lengths]),
+        "document_lengths": torch.tensor([length for row in lengths for length in row]),
+    }
+    report = {"what": what, "first_non_finite_output": output, "non_finite_gradients": gradients}
+    saved = f"The batch, the weights and a report are in {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"batch_{rank}.safetensors")
+        if weights is not None:
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            save_file(plain, folder / "model.safetensors")
+            (folder / "report.json").write_text(json.dumps(report, indent=1))
+    except (OSError, SafetensorError) as error:
+        saved = f"The batch could not be saved in {folder} ({error})"
+    place = output or (f"the gradient of {gradients[0]}" if gradients else "another process's batch")
+    return TrainingDiverged(
+        f"{what}; first not finite: {place}. Weights are unchanged. {saved}. Start again with a lower "
+        "optimizer.learning_rate or a longer schedule.warmup_steps; to keep the steps so far, change it in "
+        f"{folder.parent / 'config.yaml'} too and go on with --resume",
+        folder,
     )
-    if weights is not None:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors"
-        )
-        (folder / "report.json").write_text(json.dumps(report, indent=1))

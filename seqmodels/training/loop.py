@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from seqmodels.configuration import ConfigError, dump_yaml
-from seqmodels.layout import Layout
 from seqmodels.models import LanguageModel
 from seqmodels.tasks.text import PackedText, TextBatch
 from seqmodels.training.checkpoint import (
@@ -36,11 +35,11 @@ from seqmodels.training.data import TextData, load_text
 from seqmodels.training.display import Display
 from seqmodels.training.distributed import Processes, gradient_exchange, parallelize, processes
 from seqmodels.training.divergence import (
-    TrainingDiverged,
-    first_non_finite_module,
+    diverged,
+    first_non_finite_output,
     non_finite_gradients,
-    save_divergence,
 )
+from seqmodels.training.objective import Objective
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
@@ -58,19 +57,6 @@ class TrainingResult(NamedTuple):
     run: RunFolder
     model: LanguageModel
     data: TextData
-
-
-class Objective(nn.Module):
-    """The model's loss as a module's ``forward``, which DDP, FSDP2 and compile wrap."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """What to differentiate, and the mean cross-entropy in nats for each token."""
-        output = self.model.loss(tokens, targets, layout=layout)
-        return output.loss, output.cross_entropy / output.num_targets
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool = False, console: Console | None = None) -> TrainingResult:
@@ -285,33 +271,18 @@ class Trainer:
 
     def _stop(self, batches: list[TextBatch], loss: float, norm: float) -> None:
         """Saves the batch and the weights before this step, and raises :class:`TrainingDiverged`."""
-        gradients = non_finite_gradients(self.model)
-        where = first_non_finite_module(self.objective, self._replay(batches))
-        folder = self.run.path / f"diverged_step_{self.step:08d}"
-        batch = TextBatch(
-            torch.cat([batch.tokens for batch in batches]),
-            torch.cat([batch.targets for batch in batches]),
-            [row for batch in batches for row in batch.lengths],
-        )
-        report = {
-            "step": self.step,
-            "loss": str(loss),
-            "gradient_norm": str(norm),
-            "first_non_finite_output": where,
-            "non_finite_gradients": gradients,
-        }
         weights = {
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             for name, tensor in self._weights().items()
         }
-        save_divergence(folder, batch, weights if self.here.is_main else None, self.here.rank, report)
-        place = where or (f"the gradient of {gradients[0]}" if gradients else "another process's batch")
-        raise TrainingDiverged(
-            f"step {self.step}: loss {loss}, gradient norm {norm}; first not finite: {place}. Weights are unchanged. "
-            f"The batch, the weights and a report are in {folder}. Start again with a lower optimizer.learning_rate or "
-            f"a longer schedule.warmup_steps; to keep the steps so far, change it in {self.run.config_path} too and "
-            "go on with --resume",
-            folder,
+        raise diverged(
+            self.run.path / f"diverged_step_{self.step:08d}",
+            f"step {self.step}: loss {loss}, gradient norm {norm}",
+            batches,
+            weights if self.here.is_main else None,
+            rank=self.here.rank,
+            output=first_non_finite_output(self.objective, self._replay(batches)),
+            gradients=non_finite_gradients(self.model),
         )
 
     def _replay(self, batches: list[TextBatch]) -> Iterator[Tensor]:

@@ -14,8 +14,9 @@ from training_cases import tiny_config, write_corpus
 from seqmodels.configuration import ConfigError
 from seqmodels.models import LanguageModel
 from seqmodels.tasks.corpus import CorpusError
+from seqmodels.tasks.text import TextBatch
 from seqmodels.training.checkpoint import CheckpointError, list_checkpoints
-from seqmodels.training.divergence import TrainingDiverged
+from seqmodels.training.divergence import TrainingDiverged, diverged
 from seqmodels.training.loop import train
 from seqmodels.training.run_folder import RunFolder, RunFolderError
 
@@ -195,8 +196,29 @@ def test_a_step_that_is_not_finite_stops_with_the_batch_and_the_place(tmp_path, 
     assert batch["tokens"].shape == batch["targets"].shape == (4, 32)
     assert batch["document_lengths"].sum() == 4 * 32
     report = json.loads((folder / "report.json").read_text())
-    assert report["step"] == after
+    assert report["what"].startswith(f"step {after}: loss nan")
     assert "blocks.1" in report["first_non_finite_output"]
     assert load_file(folder / "model.safetensors")["embedding.weight"].isfinite().all()
     steps = [row["step"] for row in RunFolder(tmp_path / "run").rows()]
     assert all(step <= after for step in steps)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    plain = LanguageModel.loss
+
+    def overflowing(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        norm = self.backbone.norm.weight
+        return output._replace(loss=output.loss + (norm * 0).sqrt().sum() * 0) if self.training else output
+
+    monkeypatch.setattr(LanguageModel, "loss", overflowing)  # 0 * d sqrt(0) is NaN, the loss itself is not
+    with pytest.raises(TrainingDiverged, match=r"step 0: .*the gradient of backbone\.norm\.weight"):
+        train(tiny_config(tmp_path), tmp_path / "run")
+
+
+def test_divergence_is_told_also_when_the_batch_cannot_be_saved(tmp_path):
+    batch = TextBatch(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), [[4]])
+    (tmp_path / "file").write_text("in the way")
+    error = diverged(tmp_path / "file" / "x", "step 3: loss nan", [batch], None, rank=0, output="head", gradients=[])
+    assert "step 3: loss nan; first not finite: head" in str(error)
+    assert "could not be saved" in str(error)
