@@ -55,19 +55,22 @@ def _model(console: Console, path: Path, overrides: list[str], length: int, dtyp
 
     model = read_model_config(path, overrides)
     rows = account(model, length=length, dtype=dtype_named(dtype))
-    table = Table(title=f"{path} (d_model {model.d_model}, vocab_size {model.vocab_size}, {rows[-1].sites} blocks)")
-    table.add_column("part")
-    for heading in ("sites", "parameters", f"state bytes at {length:,}", f"FLOPs, {length:,} tokens", "FLOPs a token"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=f"{path}\nd_model {model.d_model}, vocab_size {model.vocab_size}, {rows[-1].sites} blocks, "
+        f"one sequence of {length:,} tokens"
+    )
+    table.add_column("part", no_wrap=True)
+    for heading in ("sites", "parameters", "state bytes", "FLOPs", "per token"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row is rows[-1]:
             table.add_section()
-        cells = (row.sites, row.parameters, row.state_bytes, row.flops, round(row.flops / length))
-        table.add_row(row.name, *(f"{cell:,}" for cell in cells))
+        counts = (f"{count:,}" for count in (row.sites, row.parameters, row.state_bytes))
+        table.add_row(row.name, *counts, f"{row.flops:.3e}", f"{row.flops / length:.3e}")
     console.print(table)
     size = rows[-1].parameters * dtype_named(dtype).itemsize / 2**20
     console.print(
-        f"Weights in {dtype}: {size:,.1f} MiB. State bytes are for one sequence; "
+        f"Weights in {dtype}: {size:,.1f} MiB. "
         "FLOPs are of a forward, a multiplication and an addition each counting one."
     )
 
