@@ -1,7 +1,7 @@
 """The training loop: one process, or one of several under torchrun.
 
 A step is: ``accumulation`` micro-batches forward and backward, gradients averaged over
-processes, clip, a look at whether everything is finite, AdamW. Everything that decides a weight
+processes, a look at whether everything is finite, clip, AdamW. Everything that decides a weight
 is in the configuration, the corpus and the checkpoint, so a run that was killed and goes on ends
 with the weights of one that was not (bit for bit on the same machine and number of threads).
 """
@@ -154,11 +154,11 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if config.optimizer.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
         loss_value, norm_value = torch.stack([self.here.mean(mean), norm.to(mean)]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._stop(batches, loss_value, norm_value)
+            self._stop(batches, loss_value, norm_value)  # before clipping, which spreads a NaN to all gradients
+        if config.optimizer.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
         set_learning_rate(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
