@@ -128,7 +128,9 @@ class Layout:
         """
         row = torch.arange(batch_size, device=device)
         column = torch.arange(length, device=device)
-        prefix = None if prefix_lengths is None else _prefix_tensor(prefix_lengths, batch_size, batch_size).to(row.device)
+        prefix = (
+            None if prefix_lengths is None else _prefix_tensor(prefix_lengths, batch_size, batch_size).to(row.device)
+        )
         return cls(
             row * length,
             torch.full_like(row, length),

@@ -29,7 +29,7 @@ class MixerOutput(NamedTuple):
 
     y: Tensor
     state: Any = None
-    aux: dict[str, Tensor] = {}
+    aux: dict[str, Tensor] = {}  # noqa: RUF012 - the default is never written
 
 
 class ParameterHint(NamedTuple):
@@ -85,9 +85,7 @@ class Mixer(nn.Module):
         grows with it. Device and dtype default to the parameters'."""
         raise NotImplementedError
 
-    def state_bytes(
-        self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None
-    ) -> int:
+    def state_bytes(self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None) -> int:
         """Exact bytes of the state for a context of ``context_length`` tokens."""
         return self.init_state(batch_size, max_length=context_length, device="meta", dtype=dtype).nbytes
 
@@ -114,8 +112,14 @@ class Mixer(nn.Module):
 
     def check_state(self, state: Any, batch_size: int, *, max_length: int | None = None) -> None:
         """Refuses a state of another layer, batch size, capacity or dtype (see :func:`check_state`)."""
-        dtype = next((t.dtype for _, t in state.tensors() if t.is_floating_point()), None) if isinstance(state, State) else None
-        check_state(state, self.init_state(batch_size, max_length=max_length, device="meta", dtype=dtype), type(self).__name__)
+        dtype = (
+            next((t.dtype for _, t in state.tensors() if t.is_floating_point()), None)
+            if isinstance(state, State)
+            else None
+        )
+        check_state(
+            state, self.init_state(batch_size, max_length=max_length, device="meta", dtype=dtype), type(self).__name__
+        )
 
 
 def check_positive(owner: str, **values: int) -> None:

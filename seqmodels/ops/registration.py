@@ -125,7 +125,9 @@ class Operator:
         if backend == "cpu" and device_type != "cpu":
             return f"its tensors are on {device_type!r}; C++ kernels run on the CPU"
         if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"its tensors are on {device_type!r}; Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
+            return (
+                f"its tensors are on {device_type!r}; Triton kernels run on a GPU (TRITON_INTERPRET=1 interprets them)"
+            )
         if backend == "cuda" and device_type != "cuda":
             return f"its tensors are on {device_type!r}; CUDA kernels run on a GPU"
         module = self.module(backend)
@@ -183,7 +185,9 @@ class Operator:
         name, num_grads = self.name, self.outputs - self.residuals
         grad_schema = ", ".join(f"Tensor grad_{index}" for index in range(num_grads))
         kept_schema = "".join(f", Tensor kept_{index}" for index in range(self.kept))
-        returns = "Tensor" if len(self.differentiable) == 1 else "(" + ", ".join(["Tensor"] * len(self.differentiable)) + ")"
+        returns = (
+            "Tensor" if len(self.differentiable) == 1 else "(" + ", ".join(["Tensor"] * len(self.differentiable)) + ")"
+        )
         single = len(self.differentiable) == 1
         _library.define(f"{name}_backward({grad_schema}, {arguments}{kept_schema}, str backend) -> {returns}")
 
@@ -194,7 +198,9 @@ class Operator:
         def backward_fake(*args: Any) -> Any:
             inputs = args[num_grads:]
             result = tuple(
-                args[0].new_empty(0) if inputs[index] is None else torch.empty_like(inputs[index], memory_format=torch.contiguous_format)
+                args[0].new_empty(0)
+                if inputs[index] is None
+                else torch.empty_like(inputs[index], memory_format=torch.contiguous_format)
                 for index in self.differentiable
             )
             return result[0] if single else result
@@ -231,6 +237,7 @@ class Operator:
                 return tuple(result)
 
         Gradient.__name__ = f"{name}_gradient"
+
         def autograd_kernel(*args: Any) -> Any:
             if not torch.is_grad_enabled():
                 with torch._C._AutoDispatchBelowAutograd():
