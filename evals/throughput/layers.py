@@ -95,7 +95,7 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
         return {"x": x, "cotangent": cotangent.to(case.torch_dtype)}
 
     short = inputs(12345, min(case.length, CHECKED_LENGTH))
-    exact, reference_error = _definition(instance, case.mode, short)
+    exact, bound = _definition(instance, case.mode, short)
     contestants, skipped = [], {}
     for name in ("auto", "torch") if case.rivals else ("auto",):
         contestants.append(Contestant(name, _on_backend(instance.forward(instance.module, case.mode), name), ours=True))
@@ -111,7 +111,7 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
     def check(contestant: Contestant) -> tuple[float, float]:
         found = tensors_of(contestant.run(short))
         shared = len(found) if contestant.ours else 1 + (training and short["x"].requires_grad)
-        return relative_error(found[:shared], exact[:shared]), bound_from(reference_error)
+        return relative_error(found[:shared], exact[:shared]), bound
 
     cost = _cost(case, instance.module, training)
     state_bytes = instance.module.state_bytes(case.length, batch_size=case.batch)  # type: ignore[operator]
@@ -119,15 +119,16 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
 
 
 def _definition(instance: Instance, mode: str, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], float]:
-    """Float64 results on the reference backend, and what the same loses in the layer's own dtype."""
+    """Float64 results on the reference backend, and the bound on errors in the layer's own dtype."""
     wide = copy.deepcopy(instance.module).double()
     exact_inputs = {
         name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
     exact = [t.detach() for t in tensors_of(_on_backend(instance.forward(wide, mode), "reference")(exact_inputs))]
-    own = tensors_of(_on_backend(instance.forward(instance.module, mode), "reference")(tensors))
-    return exact, relative_error(own, exact)
+    run = instance.forward(instance.module, mode)
+    forms = (tensors_of(_on_backend(run, backend)(tensors)) for backend in ("reference", "torch"))
+    return exact, bound_from(*(relative_error(form, exact) for form in forms))
 
 
 def _on_backend(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
@@ -193,15 +194,20 @@ def _warm_state(case: Case, instance: Instance, device: torch.device) -> Any:
 
 
 def decode_loop(module: nn.Module, state: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """One step a call; positions are set back before the cache is full, so that every call is alike."""
+    """One step a call; positions are set back before the cache is full, so that every call is alike.
+
+    On a GPU they are set back in every call, because calls may be captured in a graph of any number of them.
+    """
     positions = [(tensor, tensor.clone()) for _, tensor in state.tensors() if not tensor.is_floating_point()]
-    calls = 0
+    calls, every = 0, STEPS_BETWEEN_RESETS
+    if any(tensor.is_cuda for tensor, _ in positions):
+        every = 1
 
     @torch.no_grad()
     def step(tensors: Mapping[str, Tensor]) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls % STEPS_BETWEEN_RESETS == 0:
+        if calls % every == 0:
             for tensor, start in positions:
                 tensor.copy_(start)
         return module.step(tensors["x"], state)  # type: ignore[operator]

@@ -116,9 +116,15 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def bound_from(reference_error: float) -> float:
-    """Four times what the definition itself loses in this dtype, plus what reordering float32 sums costs."""
-    return 4 * reference_error + 32 * torch.finfo(torch.float32).eps
+def bound_from(definition_error: float, plain_error: float = 0.0) -> float:
+    """Largest error that is still called right.
+
+    Four times what the definition itself, or the plain PyTorch form with its matrix products in the same
+    dtype, loses in that dtype, plus what reordering float32 sums costs. A plain form that is itself wrong
+    (5% and more) does not widen the bound.
+    """
+    plain_error = plain_error if plain_error < 0.05 else 0.0
+    return 4 * max(definition_error, plain_error) + 32 * torch.finfo(torch.float32).eps
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -145,16 +145,18 @@ def _checked(problem: Problem, write: Callable[..., None], say: Callable[[str], 
 def _timed(
     contestants: list[Contestant], sets: list[Any], device: torch.device, write: Callable[..., None]
 ) -> tuple[dict[str, Timing], list[Contestant]]:
-    """Times all; a rival that fails at full size is recorded and the rest timed without it."""
+    """Times all; one that fails at full size is recorded and the rest timed without it."""
     able = []
     for contestant in contestants:
-        if not contestant.ours:
-            try:
-                contestant.run(sets[0])
-            except Exception as error:  # out of memory, a shape it refuses: the rival's own limit
-                write("skipped", None, "", "", contestant.name, reason=f"{type(error).__name__}: {error}")
-                continue
+        try:
+            contestant.run(sets[0])
+        except Exception as error:  # out of memory, a shape it refuses: this contestant's own limit
+            who = (contestant.name, None) if contestant.ours else ("", contestant.name)
+            write("skipped", None, "", *who, reason=f"{type(error).__name__}: {error}")
+            continue
         able.append(contestant)
+    if not any(contestant.ours for contestant in able):
+        raise RuntimeError("no backend of this library runs at this size; nothing was timed")
     return time_all(able, sets, device), able
 
 
