@@ -50,7 +50,8 @@ class Mixer(nn.Module):
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {}
     #: Parameters whose output is added to the residual stream: a model's depth-scaled initialisation shrinks them.
     residual_outputs: ClassVar[tuple[str, ...]] = ("out_proj.weight",)
-    #: Weights of ``nn.Linear`` children that a model-wide initialisation must not overwrite (identity maps and the like).
+    #: Weights of ``nn.Linear`` children that a model-wide initialisation must not overwrite (identity maps and the
+    #: like).
     own_initialization: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, d_model: int) -> None:
