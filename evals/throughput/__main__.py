@@ -17,11 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results.jsonl")
     parser.add_argument("--list", action="store_true", help="print the suite's cases and stop")
     parser.add_argument("--report", type=Path, nargs="+", metavar="DIR", help="draw the page into the first")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --report: rewrite the headline in this file")
     options = parser.parse_args(arguments)
     if options.report:
-        from evals.throughput.report import write_report
+        from evals.throughput.report import update_readme, write_report
 
         print(f"wrote {write_report(options.report[0], options.report)}")
+        if options.readme is not None:
+            update_readme(options.readme, options.report)
+            print(f"wrote the headline in {options.readme}")
         return 0
     if options.suite is None:
         parser.error("give --suite cpu or --suite gpu, or --report DIR")

@@ -34,6 +34,42 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
     return path
 
 
+def update_readme(readme: Path, folders: Sequence[Path]) -> None:
+    """Rewrites what stands between ``<!-- throughput -->`` and ``<!-- /throughput -->`` with the headline.
+
+    Raises:
+        ValueError: the file lacks the two markers.
+    """
+    text = readme.read_text(encoding="utf-8")
+    begin, end = "<!-- throughput -->\n", "<!-- /throughput -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme} has no place for the headline: add the lines {begin.strip()} and {end} once each")
+    before, _, rest = text.partition(begin)
+    lines = []
+    rows = latest(row for row in read(*folders) if row["suite"] == "throughput")
+    for machine in sorted({row["machine"] for row in rows}):
+        lines += headline([row for row in rows if row["machine"] == machine], machine)
+    readme.write_text(before + begin + "\n".join(lines) + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def headline(rows: Rows, machine: str) -> list[str]:
+    """The longest case of every layer and mode that was measured beside others, in one table."""
+    chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["metric"] == "ratio" and not str(row["rival"]).startswith("seqmodels"):
+            config = row["config"]
+            key = (config["kind"], config["layer"], config["mode"], config["batch"])
+            if key not in chosen or config["length"] > chosen[key]["config"]["length"]:
+                chosen[key] = row
+    if not chosen:
+        return []
+    cells = [_case_cells(rows, row["case"]) for row in chosen.values()]
+    commits = ", ".join(sorted({row["commit"] for row in chosen.values()}))
+    header = ["case", "seqmodels, ms", "share of the machine's limit", "others, times longer"]
+    table = markdown_table(header, ([case[0], case[2], case[4], case[6]] for case in cells))
+    return [f"{machine}, commit {commits}:", "", *table, ""]
+
+
 def _machine_page(rows: Rows, machine: str, target: Path) -> list[str]:
     commits = sorted({row["commit"] for row in rows})
     versions = max((row["versions"] for row in rows), key=len)

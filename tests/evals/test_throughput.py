@@ -13,7 +13,7 @@ from evals.throughput import derived, layers, ops, rivals, runner, suites, timin
 from evals.throughput.__main__ import main
 from evals.throughput.ceilings import Ceilings, measure_ceilings
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error
-from evals.throughput.report import write_report
+from evals.throughput.report import update_readme, write_report
 
 CPU = torch.device("cpu")
 TINY = {"H": 2, "P": 8, "N": 8}
@@ -249,6 +249,18 @@ def test_report_is_made_from_rows(tmp_path):
     figures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert len(figures) == 4
     assert all(name in page for name in figures)
+    readme = tmp_path / "front.md"
+    readme.write_text("Before.\n<!-- throughput -->\nold\n<!-- /throughput -->\nAfter.\n")
+    assert main(["--report", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("Before.\n<!-- throughput -->\n")
+    assert text.endswith("<!-- /throughput -->\nAfter.\n")
+    assert "short_conv/forward" in text
+    assert "torch conv1d" in text
+    assert "old" not in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="has no place for the headline"):
+        update_readme(readme, [tmp_path])
     with pytest.raises(FileNotFoundError, match="no throughput rows"):
         write_report(tmp_path / "empty", [tmp_path / "empty"])
 
