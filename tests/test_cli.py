@@ -51,7 +51,7 @@ def test_info_prints_the_account_of_a_config() -> None:
     output = run("info", str(CONFIGS / "demo-hybrid.yaml"), "vocab_size=300", "--length", "100")
     assert f"{300 * 192:,}" in output
     assert "linear_attention" in output
-    assert "state bytes at 100" in output
+    assert "one sequence of 100 tokens" in output
 
 
 def test_info_without_a_config_says_what_is_missing_and_how_to_get_it() -> None:
