@@ -37,7 +37,7 @@ gpu-test: install
 
 lint: install
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 install: $(STAMP) kernels
 
