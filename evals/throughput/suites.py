@@ -83,12 +83,13 @@ def _model(name: str, mode: str, dtype: str, batch: int, length: int, sizes: dic
 
 
 def _cpu() -> Iterator[Case]:
-    """float32; the shapes of the CPU table in the performance notes (two layers of width 512; 16 heads of 64)."""
+    """float32 and some bfloat16; two layers of width 512, recurrences of 16 heads of 64."""
     float32 = "float32"
     recurrence = {"H": 16, "P": 64, "N": 128}
     for name in ("linear_attention", "mamba3"):
         yield Case("op", name, "forward", float32, 1, 4096, recurrence, 0)
         yield Case("op", name, "forward+backward", float32, 1, 1024, recurrence, 0)
+        yield Case("op", name, "forward", "bfloat16", 1, 4096, recurrence, 3)
     yield Case("op", "mamba3", "forward", float32, 1, 1024, {**recurrence, "R": 4}, 2)
     for mode in ("forward", "forward+backward"):
         yield Case("op", "short_conv", mode, float32, 1, 4096, {"C": 1280, "W": 4}, 1)

@@ -62,6 +62,8 @@ def plan(kernels: dict[str, KernelSpec], targets: Iterable[str], *, quick: bool 
     for name, spec in sorted(kernels.items()):
         for target in (MAIN_TARGET,) if quick else targets:
             device = KNOWN_DEVICES[target]
+            if spec.devices is not None and not spec.devices(device):
+                continue
             for index, variant in enumerate(spec.variants):
                 for dtype in spec.dtypes:
                     first = index == 0 and dtype == spec.dtypes[0]

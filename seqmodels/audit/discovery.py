@@ -58,10 +58,12 @@ def discover(modules: list[str] | None = None) -> Found:
                 problems.append(f"{name}: the name {spec.name!r} is taken by another kernel; names must be unique")
                 continue
             kernels[spec.name] = spec
+    if modules is None:
+        problems.extend(misplaced())
     covered = _reachable([spec.function for spec in kernels.values()])
     for module in loaded:
         for name, function in sorted(vars(module).items()):
-            if not _is_kernel(function) or function.__module__ != module.__name__:
+            if not _is_kernel(function) or _home(function) != module.__name__:
                 continue
             if not _is_plain(function):
                 problems.append(
@@ -74,6 +76,23 @@ def discover(modules: list[str] | None = None) -> Found:
                     "or call it from a kernel that has one"
                 )
     return Found(kernels, problems)
+
+
+def misplaced(root: Path = ROOT) -> list[str]:
+    """Kernels outside ``ops/*/triton*.py``, where no audit would look for them."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        where = path.relative_to(root)
+        text = path.read_text(encoding="utf-8")
+        if "triton" not in text or (len(where.parts) == 3 and where.match("ops/*/triton*.py")):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            plain = (item.func if isinstance(item, ast.Call) else item for item in node.decorator_list)
+            if set(map(ast.unparse, plain)) & {"triton.jit", "triton.autotune", "triton.heuristics"}:
+                found.append(f"{root.name}/{where}: kernel {node.name} belongs in {root.name}/ops/<op>/triton.py")
+    return found
 
 
 def _import(name: str) -> ModuleType:
@@ -93,6 +112,13 @@ def _import(name: str) -> ModuleType:
 
 def _is_kernel(value: Any) -> bool:
     return hasattr(value, "arg_names") and hasattr(value, "fn")
+
+
+def _home(kernel: Any) -> str:
+    """The module of the Python function at the bottom of a kernel's decorators."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    return kernel.__module__
 
 
 def _is_plain(value: Any) -> bool:

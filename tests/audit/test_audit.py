@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the audit compiles with Triton, which is n
 
 from seqmodels.audit import baseline, run
 from seqmodels.audit.compilation import Row, plan
-from seqmodels.audit.discovery import discover, kernel_modules
+from seqmodels.audit.discovery import discover, kernel_modules, misplaced
 from seqmodels.audit.resources import Resources, occupancy
 from seqmodels.ops.kernels import KernelSpec
 from seqmodels.ops.tiles import KNOWN_DEVICES, Tile
@@ -69,6 +69,27 @@ def test_each_fault_is_caught(audit, kernel, message):
 def test_kernel_nobody_registered_is_named(audit):
     assert any("unregistered_kernel is a kernel nobody registered" in problem for problem in audit.problems)
     assert not any("_scaled" in problem for problem in audit.problems), "helpers of declared kernels need no entry"
+
+
+def test_kernel_in_another_place_is_named(tmp_path):
+    (tmp_path / "ops" / "scan").mkdir(parents=True)
+    kernel = "import triton\n@triton.jit\ndef kernel(x):\n    pass\n"
+    (tmp_path / "ops" / "scan" / "triton_step.py").write_text(kernel)
+    (tmp_path / "layer.py").write_text('"""Not @triton.jit."""\n' + kernel.replace("jit", "jit(debug=True)"))
+    (problem,) = misplaced(tmp_path)
+    assert "layer.py: kernel kernel belongs in" in problem
+
+
+def test_kernel_that_is_tuned_at_run_time_is_refused(tmp_path):
+    path = tmp_path / "tuned_kernels.py"
+    config = "triton.Config({'SIZE': 64})"
+    path.write_text(
+        "import triton\nimport triton.language as tl\n"
+        f"@triton.autotune([{config}], key=['n'])\n@triton.jit\n"
+        "def tuned(x, n, SIZE: tl.constexpr):\n    tl.store(x + tl.arange(0, SIZE), n)\n"
+    )
+    (problem,) = discover([str(path)]).problems
+    assert "tuned is wrapped by triton.autotuner: it would be timed" in problem
 
 
 def test_second_run_reads_the_cache(audit, cache, monkeypatch):
