@@ -172,7 +172,7 @@ SEQMODELS_INLINE Vec decay_row(const ChunkWeights& w, int64_t row, int64_t colum
 }
 
 // Scores c[i][j] = q_i . k_j for all tiles that touch j <= i; kt is k transposed, N x kChunkRows.
-static void lower_scores(const float* q, const float* kt, int64_t rows, int64_t ranks, int64_t key_dim,
+[[maybe_unused]] static void lower_scores(const float* q, const float* kt, int64_t rows, int64_t ranks, int64_t key_dim,
                          int64_t key_width, float* c) {
   for_tiles(rows, round_up(rows, kLanes), [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
     if (column >= visible_end(row, rows, ranks)) return;

@@ -68,6 +68,9 @@ static void forward(const Mamba3Inputs<T>& in, const Mamba3Outputs<T>& outputs, 
   for (int64_t begin = 0; begin < document.length; begin += tokens) {
     const int64_t token = document.start + begin;
     tokens = std::min(shape.chunk_tokens, document.length - begin);
+    prefetch_head(in.x, in.x_stride, token, tokens, head, P);
+    prefetch_head(in.z, in.z_stride, token, tokens, head, P);
+    prefetch_head(outputs.out, s.heads * P, token, tokens, head, P);
     make_run(in, weights, head, token, tokens, true, phase, run, wide);
     linear_attention_forward_float(chunk, {y, nullptr}, 0, tokens, 0, 1, state, true, inner);
     const float skip = in.weights.skip[head];
@@ -111,7 +114,7 @@ SEQMODELS_INSTANTIATE(bfloat16)
 
 #if SEQMODELS_LAUNCHERS
 
-#include "mamba3_launch.h"
+#include "mamba3_chunk_launch.h"
 
 namespace seqmodels {
 namespace {

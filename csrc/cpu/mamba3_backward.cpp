@@ -434,7 +434,7 @@ SEQMODELS_INSTANTIATE(bfloat16)
 
 #if SEQMODELS_LAUNCHERS
 
-#include "mamba3_launch.h"
+#include "mamba3_chunk_launch.h"
 
 namespace seqmodels {
 namespace {

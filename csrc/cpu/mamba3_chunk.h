@@ -150,6 +150,16 @@ static void widen_values(const T* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += kLanes) store_some(to + i, load_some(from + i, n - i), n - i);
 }
 
+// Asks for a head's part of tokens [token, token + tokens): one short piece in each of many pages,
+// which the processor does not foresee.
+template <class T>
+static void prefetch_head(const T* from, int64_t stride, int64_t token, int64_t tokens, int64_t head, int64_t head_dim) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* piece = from + (token + t) * stride + head * head_dim;
+    for (int64_t p = 0; p < head_dim; p += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(piece + p);
+  }
+}
+
 // Everything of `run` for tokens [token, token + tokens) of `head`; `phase` moves to the last one.
 // Queries are left out when `queries` is false. `wide` has 2 N + P floats.
 template <class T>

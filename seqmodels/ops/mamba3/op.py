@@ -103,7 +103,7 @@ def mamba3(
         layout: documents. None: one document a row.
         pairing: "adjacent" pairs lanes (2i, 2i + 1), "half" pairs (i, i + N // 2).
         epsilon: of the norms.
-        chunk_size: tokens of a chunk in the PyTorch form; kernels choose their own.
+        chunk_size: rows (tokens x ranks) of a chunk in the PyTorch form; kernels choose their own.
 
     Returns:
         (B, L, H, P) of x's dtype, zero outside documents, and the state behind each document's
