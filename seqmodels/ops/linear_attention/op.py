@@ -63,30 +63,26 @@ def linear_attention(
     Raises:
         ValueError: shapes that do not fit together. TypeError: mixed or unsupported dtypes.
     """
-    q, k, v = cast_inputs(q, k, v)
-    ranked = q.dim() == 5
-    if not ranked:
-        _check_rank_of_tensors(q, k, v, 4, "(batch, length, groups, width)")
-        q, k, v = q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2)
-    _check_rank_of_tensors(q, k, v, 5, "(batch, length, ranks, groups, width)")
+    owner = "linear_attention"
+    q, k, v, (batch_size, length), ranked = _inputs(owner, ("batch", "length"), *cast_inputs(q, k, v))
     if chunk_size < 1:
-        raise ValueError(f"linear_attention: chunk_size is {chunk_size}; expected a positive integer")
-    if q.shape[1] < 1:
-        raise ValueError(f"linear_attention: q has length 0 (shape {tuple(q.shape)}); expected at least one token")
-    v = _check_inputs("linear_attention", q, k, v)
-    batch_size, length, heads = v.shape[0], v.shape[1], v.shape[3]
-    log_decay, past_weight, diagonal_weight = _weights(
-        "linear_attention", (batch_size, length, heads), v.dtype, log_decay, past_weight, diagonal_weight
-    )
-    starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
-    if layout is not None and (layout.batch_size, layout.length) != (batch_size, length):
-        raise ValueError(
-            f"linear_attention: layout is for a grid of {(layout.batch_size, layout.length)}; "
-            f"q is {(batch_size, length)} (batch, length)"
-        )
-    documents = batch_size if layout is None else layout.num_documents
+        raise ValueError(f"{owner}: chunk_size is {chunk_size}; expected a positive integer")
+    if length < 1:
+        raise ValueError(f"{owner}: q has length 0 (shape {tuple(q.shape)}); expected at least one token")
+    shape = (batch_size, length, v.shape[3])
+    log_decay = _weight(owner, "log_decay", log_decay, shape, v.dtype)
+    past_weight = _weight(owner, "past_weight", past_weight, shape, v.dtype)
+    diagonal_weight = _weight(owner, "diagonal_weight", diagonal_weight, shape, v.dtype)
+    starts, lengths, documents = None, None, batch_size
+    if layout is not None:
+        if (layout.batch_size, layout.length) != (batch_size, length):
+            raise ValueError(
+                f"{owner}: layout is for a grid of {(layout.batch_size, layout.length)}; "
+                f"q is {(batch_size, length)} (batch, length)"
+            )
+        starts, lengths, documents = layout.starts, layout.lengths, layout.num_documents
     if initial_state is not None:
-        _check_state("initial_state", initial_state, _state_shape(documents, q, v, normalize), v.dtype)
+        _check_state(owner, "initial_state", initial_state, _state_shape(documents, q, v, normalize), v.dtype)
     y, final_state, _ = _operator(
         q, k, v, log_decay, past_weight, diagonal_weight, initial_state, starts, lengths, normalize, epsilon, chunk_size
     )
@@ -117,20 +113,15 @@ def linear_attention_step(
     Returns:
         y (batch, [R,] H, P) of v's dtype.
     """
-    q, k, v = cast_inputs(q, k, v)
-    ranked = q.dim() == 4
-    if not ranked:
-        _check_rank_of_tensors(q, k, v, 3, "(batch, groups, width)")
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-    _check_rank_of_tensors(q, k, v, 4, "(batch, ranks, groups, width)")
-    v = _check_inputs("linear_attention_step", q, k, v)
-    batch_size, heads = v.shape[0], v.shape[2]
-    log_decay, past_weight, diagonal_weight = _weights(
-        "linear_attention_step", (batch_size, heads), v.dtype, log_decay, past_weight, diagonal_weight
-    )
-    _check_state("state", state, _state_shape(batch_size, q, v, normalize), v.dtype)
+    owner = "linear_attention_step"
+    q, k, v, (batch_size,), ranked = _inputs(owner, ("batch",), *cast_inputs(q, k, v))
+    shape = (batch_size, v.shape[2])
+    log_decay = _weight(owner, "log_decay", log_decay, shape, v.dtype)
+    past_weight = _weight(owner, "past_weight", past_weight, shape, v.dtype)
+    diagonal_weight = _weight(owner, "diagonal_weight", diagonal_weight, shape, v.dtype)
+    _check_state(owner, "state", state, _state_shape(batch_size, q, v, normalize), v.dtype)
     if not state.is_contiguous():
-        raise ValueError("linear_attention_step: state is not contiguous and cannot be updated in place; clone it")
+        raise ValueError(f"{owner}: state is not contiguous and cannot be updated in place; clone it")
     y = _step_operator(q, k, v, log_decay, past_weight, diagonal_weight, state, normalize, epsilon)
     return y if ranked else y.squeeze(1)
 
@@ -139,48 +130,54 @@ def _state_shape(documents: int, q: Tensor, v: Tensor, normalize: bool) -> tuple
     return (documents, v.shape[-2], q.shape[-1], v.shape[-1] + int(normalize))
 
 
-def _check_rank_of_tensors(q: Tensor, k: Tensor, v: Tensor, dims: int, shape: str) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != dims:
-            raise ValueError(
-                f"linear_attention: {name} has shape {tuple(tensor.shape)}; expected {dims} dimensions {shape}. "
-                "The rank axis is there for all of q, k and v, or for none."
-            )
-
-
-def _check_inputs(owner: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Refuses q, k, v that do not fit together; returns v with one entry for each head."""
+def _inputs(
+    owner: str, axes: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[int], bool]:
+    """q, k, v with a rank axis, v with an entry for each head; sizes of the leading ``axes``; was there a rank axis."""
+    shapes = (q.shape, k.shape, v.shape)
+    dims = len(shapes[0])
+    ranked = dims == len(axes) + 3
+    if not (dims == len(shapes[1]) == len(shapes[2]) and (ranked or dims == len(axes) + 2)):
+        raise ValueError(
+            f"{owner}: q, k, v have shapes {', '.join(str(tuple(shape)) for shape in shapes)}; expected "
+            f"({', '.join(axes)}, [ranks,] groups, width). The rank axis is there for all of q, k and v, or for none."
+        )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise TypeError(
             f"{owner}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one floating-point dtype for all three"
         )
-    if q.shape[:-2] != k.shape[:-2] or q.shape[:-2] != v.shape[:-2] or q.shape[-1] != k.shape[-1]:
+    (*leading, q_groups, q_width), (*k_leading, k_groups, k_width), (*v_leading, v_groups, _) = shapes
+    if leading != k_leading or leading != v_leading or q_width != k_width:
         raise ValueError(
-            f"{owner}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together; "
+            f"{owner}: q, k, v have shapes {', '.join(str(tuple(shape)) for shape in shapes)}; "
             "expected equal batch, length and ranks, and equal key width in q and k"
         )
-    heads = max(q.shape[-2], k.shape[-2], v.shape[-2])
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.shape[-2] < 1 or heads % tensor.shape[-2]:
-            raise ValueError(f"{owner}: {name} has {tensor.shape[-2]} groups, which do not divide the {heads} heads")
-    return v if v.shape[-2] == heads else v.repeat_interleave(heads // v.shape[-2], dim=-2)
+    heads = max(q_groups, k_groups, v_groups)
+    for name, groups in (("q", q_groups), ("k", k_groups), ("v", v_groups)):
+        if groups < 1 or heads % groups:
+            raise ValueError(f"{owner}: {name} has {groups} groups, which do not divide the {heads} heads")
+    if v_groups != heads:
+        v = v.repeat_interleave(heads // v_groups, dim=-2)
+    if not ranked:
+        axis = len(axes)
+        q, k, v = q.unsqueeze(axis), k.unsqueeze(axis), v.unsqueeze(axis)
+    return q, k, v, leading[: len(axes)], ranked
 
 
-def _weights(owner: str, shape: tuple[int, ...], dtype: torch.dtype, *weights: Tensor | None) -> list[Tensor | None]:
-    """Per-head weights in the state's dtype; refuses other shapes."""
-    result: list[Tensor | None] = []
-    for name, weight in zip(("log_decay", "past_weight", "diagonal_weight"), weights, strict=True):
-        if weight is not None and weight.shape != shape:
-            axes = "(batch, length, heads)" if len(shape) == 3 else "(batch, heads)"
-            raise ValueError(f"{owner}: {name} has shape {tuple(weight.shape)}; expected {shape} {axes}")
-        result.append(None if weight is None else weight.to(state_dtype(dtype)))
-    return result
+def _weight(owner: str, name: str, weight: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A per-head weight in the state's dtype; refuses other shapes."""
+    if weight is None:
+        return None
+    if weight.shape != shape:
+        axes = "(batch, length, heads)" if len(shape) == 3 else "(batch, heads)"
+        raise ValueError(f"{owner}: {name} has shape {tuple(weight.shape)}; expected {shape} {axes}")
+    return weight.to(state_dtype(dtype))
 
 
-def _check_state(name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_state(owner: str, name: str, state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if state.shape != shape or state.dtype != state_dtype(dtype):
         raise ValueError(
-            f"linear_attention: {name} is {tuple(state.shape)} {state.dtype}; expected {shape} {state_dtype(dtype)} "
+            f"{owner}: {name} is {tuple(state.shape)} {state.dtype}; expected {shape} {state_dtype(dtype)} "
             "(documents, heads, key width, value width; one wider with normalize)"
         )
 

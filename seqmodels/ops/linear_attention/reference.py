@@ -92,15 +92,12 @@ def forward(
         valid, document = table.valid[:, t], table.document[:, t]
         keep = valid[:, None, None, None]
         state = torch.where(table.first[:, t, None, None, None], before[document], state)
-        y, after = advance(
-            torch.where(keep, q[:, t], 0),
-            torch.where(keep, k[:, t], 0),
-            torch.where(keep, v[:, t], 0),
-            *(None if x is None else torch.where(valid[:, None], x[:, t], 0) for x in (log_decay, past_weight)),
-            None if diagonal_weight is None else torch.where(valid[:, None], diagonal_weight[:, t], 0),
-            state,
+        decay, past, diagonal = (
+            None if x is None else torch.where(valid[:, None], x[:, t], 0)
+            for x in (log_decay, past_weight, diagonal_weight)
         )
-        state = after
+        q_t, k_t, v_t = (torch.where(keep, x[:, t], 0) for x in (q, k, v))
+        y, state = advance(q_t, k_t, v_t, decay, past, diagonal, state)
         final = final.index_copy(0, torch.where(table.last[:, t], document, documents), state)
         outputs.append(torch.where(keep, normalized(y, epsilon) if normalize else y, 0))
         denominators.append(torch.where(keep[..., 0], y[..., -1] + epsilon, 1))
