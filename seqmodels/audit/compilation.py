@@ -122,7 +122,8 @@ def _work(job: Job) -> Row:
 def compile_one(spec: KernelSpec, job: Job) -> Row:
     """Compiles one configuration and judges it."""
     variant = spec.variants[job.variant]
-    row = Row(spec.name, variant_label(variant), job.dtype, job.tile.label, job.target, None)
+    telling = {name: value for name, value in variant.items() if not _shared_by_all(spec, name)}
+    row = Row(spec.name, variant_label(telling), job.dtype, job.tile.label, job.target, None)
     try:
         row.resources = _measure(spec, job)
     except Exception as error:  # a kernel that does not compile is a finding, not the end of the audit
@@ -130,6 +131,11 @@ def compile_one(spec: KernelSpec, job: Job) -> Row:
         return row
     row.failures.extend(judge(spec, job, row.resources))
     return row
+
+
+def _shared_by_all(spec: KernelSpec, name: str) -> bool:
+    """Whether a constant says nothing about a variant, because every variant has the same."""
+    return len({repr(variant.get(name, "absent")) for variant in spec.variants}) == 1 and len(spec.variants) > 1
 
 
 def judge(spec: KernelSpec, job: Job, found: Resources) -> list[str]:
