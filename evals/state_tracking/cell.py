@@ -50,11 +50,6 @@ class Outcome(NamedTuple):
     test: dict[int, tuple[int, int]]
     seconds: float
 
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Larger is better: validation accuracy, then loss, which goes on falling where accuracy is 1."""
-        return (self.validation_accuracy, -self.validation_loss)
-
 
 def build_model(cell: Cell, task: Task) -> LanguageModel:
     """``blocks`` times the layer and the channel module, with an embedding and a head of unit variance."""
@@ -110,7 +105,7 @@ def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: Non
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"the loss is {float(loss.detach())} at step {done}")
         accuracy, validation_loss = _validate(model, cell, validation)
-        rank = (accuracy, -validation_loss)
+        rank = (accuracy, -validation_loss)  # the loss goes on falling where every answer is right
         if best is None or rank > best[0]:
             best = (rank, done, {name: value.clone() for name, value in model.state_dict().items()})
         say({"step": done, "steps": plan.steps, "loss": float(loss.detach()), "validation": accuracy})

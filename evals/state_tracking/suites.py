@@ -139,6 +139,8 @@ class Cell(msgspec.Struct, frozen=True):
     training: Training
     test_lengths: tuple[int, ...]
     test_count: int
+    published: str | None
+    control: str | None
 
     @property
     def point(self) -> str:
@@ -213,13 +215,13 @@ def grid_cells(name: str, suite: Suite) -> list[Cell]:
                     name, suite.device, task, arm_name, arm.layer, {**arm.arguments, **time_step}, suite.channel,
                     suite.channel_arguments, plan.blocks, d_model, rate, step_name if has_time_step else "none",
                     0 if has_time_step else index, plan.training, plan.test_lengths, plan.test_count,
+                    arm.published, arm.control,
                 )
             )  # fmt: skip
     return cells
 
 
-def more_seeds(chosen: Cell, grid: Grid, ran: Sequence[Cell]) -> list[Cell]:
-    """The chosen point of an arm with seeds until it has ``grid.seeds`` runs; ``ran`` are the arm's grid cells."""
-    have = [cell.seed for cell in ran if cell.point == chosen.point]
-    first = max(have) + 1
+def more_seeds(chosen: Cell, grid: Grid, searched: Sequence[Cell]) -> list[Cell]:
+    """The chosen point of an arm with ``grid.seeds - 1`` seeds that its grid has not seen there."""
+    first = 1 + max(cell.seed for cell in searched if cell.point == chosen.point)
     return [msgspec.structs.replace(chosen, seed=first + more) for more in range(grid.seeds - 1)]
