@@ -50,7 +50,8 @@ def _suite_page(suite: str, summaries: list[ArmSummary], target: Path) -> Iterat
         f"## Suite {suite}",
         "",
         f"Measured by `python -m evals.state_tracking --suite {suite} --out DIR`, page by `--report DIR`: "
-        f"{len(runs)} runs, {hours:.2f} hours of single processes. {'; '.join(sorted(machines))}. Commit {', '.join(sorted(commits))}. "
+        f"{len(runs)} runs, {hours:.2f} hours of single processes. {'; '.join(sorted(machines))}. "
+        f"Commit {', '.join(sorted(commits))}. "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",
