@@ -179,9 +179,24 @@ def _decode_problem(case: Case, device: torch.device, instance: Instance, rivals
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     state = module.state_bytes(case.length, batch_size=case.batch)  # type: ignore[operator]
     growing = state != module.state_bytes(2 * case.length, batch_size=case.batch)  # type: ignore[operator]
-    flops = case.batch * module.flops(1)  # type: ignore[operator]
+    flops = case.batch * _step_products(module) + (2 if growing else 4) * _state_elements(module, case)
     cost = Cost(flops, weights + (1 if growing else 2) * state, case.batch)  # a cache is read, a state read and written
     return Problem(inputs, contestants, check, cost, state, skipped)
+
+
+def _step_products(module: nn.Module) -> int:
+    """Operations of the matrix products of one token: projections, and a head that is the embedding."""
+    linear = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    head = getattr(module, "head_weight", None)
+    if head is not None and all(head is not weight for weight in linear):
+        linear.append(head)
+    return 2 * sum(weight.numel() for weight in linear)
+
+
+def _state_elements(module: nn.Module, case: Case) -> int:
+    """Numbers in the state: each is decayed, added to and read (4 operations), or a cache's entry read (2)."""
+    state = module.init_state(case.batch, max_length=case.length, device="meta")  # type: ignore[operator]
+    return sum(tensor.numel() for _, tensor in state.tensors() if tensor.is_floating_point())
 
 
 def _warm_state(case: Case, instance: Instance, device: torch.device) -> Any:

@@ -186,19 +186,24 @@ def _linear_attention(tensors: Tensors) -> Tensor:
 
 
 def _linear_attention_cost(case: Case) -> Cost:
-    """4NP + 2Q(N + P) operations a token and head with chunk Q = 64; inputs and y once, decays in float32."""
+    """4NP + Q(P + N G/H) operations a token and head with chunk Q = 64; inputs and y once, decays in float32.
+
+    Only the causal half of a chunk's scores counts, and the heads of a group share q k^T.
+    """
     size, width = case.sizes, _width(case.dtype)
     tokens = case.batch * case.length
-    flops = tokens * size["H"] * (4 * size["N"] * size["P"] + 2 * 64 * (size["N"] + size["P"]))
+    shared = size["N"] * size.get("G", 1) / size["H"]
+    flops = tokens * size["H"] * (4 * size["N"] * size["P"] + 64 * (size["P"] + shared))
     moved = tokens * (size["H"] * (2 * size["P"] * width + 4) + 2 * size.get("G", 1) * size["N"] * width)
     return Cost(flops, moved, tokens)
 
 
 def _linear_attention_backward_cost(case: Case) -> Cost:
-    """10NP + 2Q(3N + 2P): states and scores are computed again. Reads inputs and dy, writes their gradients."""
+    """10NP + Q(2P + 3N G/H): states and scores are computed again. Reads inputs and dy, writes their gradients."""
     size, width = case.sizes, _width(case.dtype)
     tokens = case.batch * case.length
-    flops = tokens * size["H"] * (10 * size["N"] * size["P"] + 2 * 64 * (3 * size["N"] + 2 * size["P"]))
+    shared = size["N"] * size.get("G", 1) / size["H"]
+    flops = tokens * size["H"] * (10 * size["N"] * size["P"] + 64 * (2 * size["P"] + 3 * shared))
     moved = tokens * (size["H"] * (3 * size["P"] * width + 8) + 4 * size.get("G", 1) * size["N"] * width)
     return Cost(flops, moved, tokens)
 
@@ -299,11 +304,14 @@ def _mamba3(tensors: Tensors) -> Tensor:
 
 
 def _mamba3_cost(case: Case) -> Cost:
-    """SISO 4NP + 2Q(N + P), Q = 64; MIMO 4RNP + 2QR^2(N + P), Q = 16. x, z, y, shared b, c and angles once."""
+    """4RNP + QR^2(N + P) operations a token and head, the causal half of a chunk's scores; Q = 64, or 16 for MIMO.
+
+    The bias makes keys differ from head to head, so scores are not shared. x, z, y and shared b, c, angles once.
+    """
     size, width, tokens = case.sizes, _width(case.dtype), case.batch * case.length
     ranks = size.get("R", 1)
     chunk = 16 if ranks > 1 else 64
-    products = 4 * ranks * size["N"] * size["P"] + 2 * chunk * ranks**2 * (size["N"] + size["P"])
+    products = 4 * ranks * size["N"] * size["P"] + chunk * ranks**2 * (size["N"] + size["P"])
     moved = size["H"] * (3 * size["P"] * width + 12) + 2 * ranks * size["N"] * width + size["N"]
     return Cost(tokens * size["H"] * products, tokens * moved, tokens)
 
@@ -312,7 +320,7 @@ def _mamba3_backward_cost(case: Case) -> Cost:
     size, width, tokens = case.sizes, _width(case.dtype), case.batch * case.length
     ranks = size.get("R", 1)
     chunk = 16 if ranks > 1 else 64
-    products = 10 * ranks * size["N"] * size["P"] + 2 * chunk * ranks**2 * (3 * size["N"] + 2 * size["P"])
+    products = 10 * ranks * size["N"] * size["P"] + chunk * ranks**2 * (3 * size["N"] + 2 * size["P"])
     moved = size["H"] * (5 * size["P"] * width + 24) + 4 * ranks * size["N"] * width + 2 * size["N"]
     return Cost(tokens * size["H"] * products, tokens * moved, tokens)
 
