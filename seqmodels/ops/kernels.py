@@ -50,7 +50,7 @@ class KernelSpec:
         name: ``<op>.<what it computes>``, unique: ``"short_conv.backward"``.
         function: the ``@triton.jit`` function.
         signature: type of every argument that is not constexpr, in Triton's notation; ``{dtype}``
-            stands for the inputs' dtype: ``"*{dtype}"``, ``"*fp32"``, ``"*i64"``, ``"i64"``, ``"fp32"``.
+            stands for the inputs' dtype, and the tile's and variant's constants may stand in it too: ``"*{dtype}"``, ``"*fp32"``, ``"*i64"``, ``"i64"``, ``"fp32"``.
             Pointers are taken to be aligned to 16 bytes, as Triton sees them at a launch.
         tiles: every shipped configuration. Without ``choose`` the first one is the default.
         variants: values of the other constexpr arguments: representative head sizes and flags, the
@@ -64,6 +64,8 @@ class KernelSpec:
             look at the length.
         valid: ``valid(tile, variant, dtype) -> bool``: False for combinations that are never launched
             (a large tile with a large head); the audit and the tuner leave them out.
+        devices: ``devices(device) -> bool``: False where the kernel is never launched, so that the audit does
+            not compile it there. Another declaration of the same function serves the rest.
     """
 
     name: str
@@ -77,6 +79,7 @@ class KernelSpec:
     divisible: tuple[str, ...] = ()
     choose: Callable[[Device, Mapping[str, Any], str], Tile] | None = None
     valid: Callable[[Tile, Mapping[str, Any], str], bool] | None = None
+    devices: Callable[[Device], bool] | None = None
 
     def __post_init__(self) -> None:
         if not self.tiles or not self.variants or not self.dtypes:

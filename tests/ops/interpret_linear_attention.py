@@ -7,7 +7,8 @@ import torch
 
 import seqmodels
 from seqmodels import Layout
-from seqmodels.ops.linear_attention import linear_attention, linear_attention_step, triton
+from seqmodels.ops.kernels import KernelSpec
+from seqmodels.ops.linear_attention import linear_attention, triton_scan
 
 CASES = {
     "plain": dict(log_decay=False, past=False, diagonal=False),
@@ -15,21 +16,24 @@ CASES = {
     "weights": dict(log_decay=True, past=True, diagonal=True),
     "rank": dict(log_decay=True, past=True, diagonal=True, ranks=4, length=37),
     "rank three": dict(log_decay=True, past=True, diagonal=True, ranks=3, length=45),
-    "groups": dict(log_decay=True, past=False, diagonal=True, query_groups=2, key_groups=1, heads=4),
+    "groups": dict(log_decay=True, past=False, diagonal=True, query_groups=2, key_groups=1, heads=4, batch=1),
     "normalize": dict(log_decay=True, past=True, diagonal=True, normalize=True),
     "normalize plain": dict(log_decay=False, past=False, diagonal=False, normalize=True),
-    "segments": dict(log_decay=True, past=True, diagonal=True, length=600, batch=1, heads=1),
-    "segments normalize": dict(log_decay=True, past=True, diagonal=True, length=530, batch=1, heads=1, normalize=True),
+    "segments": dict(log_decay=True, past=True, diagonal=True, length=140, batch=1, heads=1),
+    "long": dict(log_decay=True, past=True, diagonal=True, length=280, batch=1, heads=1),
+    "segments normalize": dict(log_decay=True, past=True, diagonal=True, length=130, batch=1, heads=1, normalize=True),
     "documents": dict(log_decay=True, past=True, diagonal=True, packed=[[1, 65, 3], [64, 40]], length=110),
-    "long documents": dict(log_decay=True, past=True, diagonal=True, packed=[[300, 1, 290]], length=600, heads=1),
-    "normalize documents": dict(log_decay=True, past=False, diagonal=False, packed=[[5, 70], [9]], length=80, normalize=True),
+    "long documents": dict(log_decay=True, past=True, diagonal=True, packed=[[90, 1, 80]], length=175, heads=1),
+    "normalize documents": dict(
+        log_decay=True, past=False, diagonal=False, packed=[[5, 70], [9]], length=80, normalize=True
+    ),
     "one token": dict(log_decay=True, past=True, diagonal=True, length=1),
     "odd widths": dict(log_decay=True, past=True, diagonal=False, key_dim=20, value_dim=72, length=67),
 }
 
 
 def _tensors(
-    log_decay, past, diagonal, *, ranks=1, length=131, batch=2, heads=2, query_groups=None, key_groups=None,
+    log_decay, past, diagonal, *, ranks=1, length=70, batch=2, heads=2, query_groups=None, key_groups=None,
     key_dim=16, value_dim=24, normalize=False, packed=None,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(length + ranks)
@@ -88,8 +92,19 @@ def _conditioning(tensors, wanted):
     return float(suffix.norm() / wanted["log_decay"].norm())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_against_definition(case):
+# Each declaration of the kernel ships its own tiles and way to load; the interpreter runs all in float32.
+SPECS = {
+    "float32": (triton_scan.SCAN_FLOAT32, triton_scan.EXACT, list(CASES)),
+    "tma": (triton_scan.SCAN, triton_scan.WIDE, ["rank three", "normalize", "documents", "odd widths", "long"]),
+    "small": (triton_scan.SCAN_SMALL, triton_scan.SMALL, ["weights", "normalize documents"]),
+}
+
+
+@pytest.mark.parametrize(("spec", "case"), [(spec, case) for spec, (*_, cases) in SPECS.items() for case in cases])
+def test_against_definition(spec, case, monkeypatch):
+    declared, tile, _ = SPECS[spec]
+    monkeypatch.setattr(triton_scan, "_spec", lambda device, dtype: declared)
+    monkeypatch.setattr(KernelSpec, "tile", lambda self, device, variant, dtype: tile)
     tensors, layout, normalize = _tensors(**CASES[case])
     wanted = _run(tensors, layout, normalize, torch.float64, "reference")
     chunked = _run(tensors, layout, normalize, torch.float32, "torch")
@@ -113,17 +128,17 @@ def test_two_runs_are_bitwise_equal():
 def test_segments_were_used():
     """The cases above reach the segmented path: one head of one long row is cut."""
     launches = []
-    original = triton._combine
+    original = triton_scan._combine
 
     class Spy:
         def __getitem__(self, grid):
             launches.append(grid)
             return original[grid]
 
-    triton._combine = Spy()
+    triton_scan._combine = Spy()
     try:
         tensors, layout, normalize = _tensors(**CASES["segments"])
         _run(tensors, layout, normalize, torch.float32, "triton")
     finally:
-        triton._combine = original
+        triton_scan._combine = original
     assert launches
