@@ -232,7 +232,19 @@ void run_forward(const Tensors& tensors, const Documents& documents, T* y, float
   const auto state_of = [&](const float* base, int64_t slot, int64_t head) {
     return base ? base + (slot * s.heads + head) * tensor_state : nullptr;
   };
-  const auto final_of = [&](int64_t slot, int64_t head) { return final_state + (slot * s.heads + head) * tensor_state; };
+  const auto final_of = [&](int64_t slot, int64_t head) {
+    return final_state + (slot * s.heads + head) * tensor_state;
+  };
+  const auto read_block = [&](const Document& document, int64_t first, float* states) {
+    for (int64_t h = 0; h < block; ++h) {
+      read_state(s, state_of(initial, document.slot, first + h), states + h * state_size);
+    }
+  };
+  const auto write_block = [&](const Document& document, int64_t first, const float* states) {
+    for (int64_t h = 0; h < block; ++h) {
+      write_state(s, states + h * state_size, final_of(document.slot, first + h));
+    }
+  };
 
   for (const Document& document : documents.unused) {
     for (int64_t head = 0; head < s.heads; ++head) {
@@ -253,12 +265,12 @@ void run_forward(const Tensors& tensors, const Documents& documents, T* y, float
       for (int64_t task = begin; task < end; ++task) {
         const Document& document = documents.used[task / blocks];
         const int64_t first = task % blocks * block;
-        for (int64_t h = 0; h < block; ++h) read_state(s, state_of(initial, document.slot, first + h), states + h * state_size);
+        read_block(document, first, states);
         for (int64_t at = 0; at < document.length; at += s.chunk_tokens) {
           chunk(in, out, document.start + at, std::min(s.chunk_tokens, document.length - at), first, first + block,
                 states, true, scratch.data());
         }
-        for (int64_t h = 0; h < block; ++h) write_state(s, states + h * state_size, final_of(document.slot, first + h));
+        write_block(document, first, states);
       }
     });
     return;
@@ -270,8 +282,9 @@ void run_forward(const Tensors& tensors, const Documents& documents, T* y, float
   for (const Document& document : documents.used) {
     const int64_t chunks = s.chunks(document.length), stride = block * state_size;
     Buffer states((chunks + 1) * stride);  // [chunk][head of the block][state]
+    states.check();
     for (int64_t first = 0; first < s.heads; first += block) {
-      for (int64_t h = 0; h < block; ++h) read_state(s, state_of(initial, document.slot, first + h), states.data() + h * state_size);
+      read_block(document, first, states.data());
       parallel(block * slices, [&](int64_t begin, int64_t end) {
         Buffer scratch(scratch_size);
         for (int64_t task = begin; task < end; ++task) {
@@ -289,9 +302,7 @@ void run_forward(const Tensors& tensors, const Documents& documents, T* y, float
                 states.data() + index * stride, false, scratch.data());
         }
       });
-      for (int64_t h = 0; h < block; ++h) {
-        write_state(s, states.data() + chunks * stride + h * state_size, final_of(document.slot, first + h));
-      }
+      write_block(document, first, states.data() + chunks * stride);
     }
   }
 }
@@ -306,8 +317,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_cpu(Tensor q, Tensor k, Tens
   const LinearAttentionShape& s = tensors.shape;
   Tensor y = torch::stable::empty_like(v);
   const ScalarType state_type = ScalarType::Float;
-  Tensor denominator = torch::stable::new_empty(
-      v, normalize ? std::vector<int64_t>{v.size(0), v.size(1), s.ranks, s.heads} : std::vector<int64_t>{0}, state_type);
+  std::vector<int64_t> divisors{0};
+  if (normalize) divisors = {v.size(0), v.size(1), s.ranks, s.heads};
+  Tensor denominator = torch::stable::new_empty(v, divisors, state_type);
   Tensor final_state = torch::stable::new_empty(v, {documents.slots, s.heads, s.key_dim, s.state_width()}, state_type);
   if (documents.padding) {
     torch::stable::zero_(y);
@@ -334,6 +346,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqmodels_cpu, m) {
       "Tensor? diagonal_weight, Tensor? initial_state, Tensor? starts, Tensor? lengths, bool normalize, "
       "float epsilon) -> (Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(seqmodels_cpu, CPU, m) { m.impl("linear_attention", TORCH_BOX(&seqmodels::linear_attention_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(seqmodels_cpu, CPU, m) {
+  m.impl("linear_attention", TORCH_BOX(&seqmodels::linear_attention_cpu));
+}
 
 #endif

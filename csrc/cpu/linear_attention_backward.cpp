@@ -64,7 +64,8 @@ static void advance(const float* x, const float* weights, int64_t width, const f
                     int64_t rows, float carry, int64_t begin, int64_t end, const float* from, float* to,
                     float* weighted) {
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t p = 0; p < width; p += kLanes) store(weighted + row * width + p, load(x + row * width + p) * weights[row]);
+    const float* from_row = x + row * width;
+    for (int64_t p = 0; p < width; p += kLanes) store(weighted + row * width + p, load(from_row + p) * weights[row]);
   }
   for_tiles(end - begin, key_width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
     tile.template add_product<Order::columns>(weighted + begin + row, width, y + column, key_width, 0, rows);
@@ -204,7 +205,9 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
   const int64_t query_stride = s.query_groups * s.key_dim, key_stride = s.key_groups * s.key_dim;
   Arena arena(scratch);
   Shared shared;
-  for (float** piece : {&shared.q, &shared.k, &shared.kt, &shared.dq, &shared.dk}) *piece = arena.take(kChunkRows * key_width);
+  for (float** piece : {&shared.q, &shared.k, &shared.kt, &shared.dq, &shared.dk}) {
+    *piece = arena.take(kChunkRows * key_width);
+  }
   float* v = arena.take(kChunkRows * width);
   float* vt = arena.take(kChunkRows * width);
   float* dy = arena.take(kChunkRows * width);
@@ -240,11 +243,13 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
     if (query_group != shared.query_group || key_group != shared.key_group) {
       finish(query_group, key_group);
       if (query_group != shared.query_group) {
-        copy_rows(in.q + row0 * query_stride + query_group * s.key_dim, query_stride, rows, s.key_dim, shared.q, key_width);
+        const T* q = in.q + row0 * query_stride + query_group * s.key_dim;
+        copy_rows(q, query_stride, rows, s.key_dim, shared.q, key_width);
         std::fill(shared.dq, shared.dq + kChunkRows * key_width, 0.0f);
       }
       if (key_group != shared.key_group) {
-        copy_rows(in.k + row0 * key_stride + key_group * s.key_dim, key_stride, rows, s.key_dim, shared.k, key_width);
+        const T* k = in.k + row0 * key_stride + key_group * s.key_dim;
+        copy_rows(k, key_stride, rows, s.key_dim, shared.k, key_width);
         transpose(shared.k, key_width, round_up(rows, 8), key_width, shared.kt, kChunkRows);
         std::fill(shared.dk, shared.dk + kChunkRows * key_width, 0.0f);
       }
@@ -275,14 +280,18 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
     // dV, transposed: rows of P, columns of tokens.
     std::fill(into_state, into_state + kChunkRows, 0.0f);
     for_tiles(depth, columns, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
-      tile.template add_product<Order::rows>(D + row * key_width, key_width, shared.kt + column, kChunkRows, 0, s.key_dim);
+      tile.template add_product<Order::rows>(D + row * key_width, key_width, shared.kt + column, kChunkRows, 0,
+                                             s.key_dim);
       for_vectors(tile, row, column, [&](int64_t p, int64_t j, Vec value) {
         store(into_state + j, load(into_state + j) + load(vt + p * kChunkRows + j) * value);
       });
       for (int r = 0; r < kTileRows; ++r) {
-        for (int vector = 0; vector < tile.vectors; ++vector) tile.value[r][vector] *= load(w.stored + column + vector * kLanes);
+        for (int vector = 0; vector < tile.vectors; ++vector) {
+          tile.value[r][vector] *= load(w.stored + column + vector * kLanes);
+        }
       }
-      tile.template add_product<Order::columns>(dy + row, width, a + column, kChunkRows, column / s.ranks * s.ranks, rows);
+      tile.template add_product<Order::columns>(dy + row, width, a + column, kChunkRows, column / s.ranks * s.ranks,
+                                                rows);
       for_vectors(tile, row, column, [&](int64_t p, int64_t j, Vec value) { store(dvt + p * kChunkRows + j, value); });
     });
     transpose(dvt, kChunkRows, round_up(s.value_dim, 8), round_up(rows, 8), dv, width);
@@ -361,130 +370,10 @@ SEQMODELS_INSTANTIATE(bfloat16)
 
 #if SEQMODELS_LAUNCHERS
 
-#include "linear_attention_launch.h"
+#include "linear_attention_backward_launch.h"
 
 namespace seqmodels {
 namespace {
-
-constexpr int64_t kWaveFloats = int64_t{8} << 20;  // chunk states held at a time, unless one document needs more
-
-// (N, W) of a tensor to a transposed state; a null source is zero.
-void read_transposed(const LinearAttentionShape& s, const float* from, float* state) {
-  std::fill(state, state + backward_state_size(s), 0.0f);
-  if (!from) return;
-  for (int64_t n = 0; n < s.key_dim; ++n) {
-    for (int64_t p = 0; p < s.state_width(); ++p) state[p * padded(s.key_dim) + n] = from[n * s.state_width() + p];
-  }
-}
-
-void write_transposed(const LinearAttentionShape& s, const float* state, float* to) {
-  for (int64_t n = 0; n < s.key_dim; ++n) {
-    for (int64_t p = 0; p < s.state_width(); ++p) to[n * s.state_width() + p] = state[p * padded(s.key_dim) + n];
-  }
-}
-
-template <class T>
-struct Kernels {
-  LinearAttentionStartStates<T>* start_states;
-  LinearAttentionEndGradients<T>* end_gradients;
-  LinearAttentionBackward<T>* backward;
-};
-
-// One document in a wave: its states lie at `offset`, as [chunk][head of the block][state].
-struct Walk {
-  Document document;
-  int64_t chunks, offset;
-};
-
-struct ChunkTask {
-  int64_t walk, chunk;
-};
-
-template <class T>
-void run_block(const LinearAttentionInputs<T>& in, const LinearAttentionGradients<T>& out, const std::vector<Walk>& wave,
-               int64_t first, const float* initial, const float* grad_final, float* grad_initial, float* starts,
-               float* ends, const Kernels<T>& kernels) {
-  const LinearAttentionShape& s = in.shape;
-  const int64_t block = s.head_block, size = backward_state_size(s), stride = block * size;
-  const int64_t scratch_size = backward_scratch_size(s), tensor_state = s.key_dim * s.state_width();
-  const int64_t height = round_up(s.state_width(), 8), walks = static_cast<int64_t>(wave.size());
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t slices = std::max<int64_t>(1, std::min(height / 8, threads / (walks * block * 2)));
-  const int64_t slice_rows = round_up((height + slices - 1) / slices, 8);
-
-  const auto each_head = [&](auto body) {
-    parallel(walks * block, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) body(wave[task / block], task % block);
-    });
-  };
-  each_head([&](const Walk& walk, int64_t h) {
-    const int64_t at = (walk.document.slot * s.heads + first + h) * tensor_state;
-    read_transposed(s, initial ? initial + at : nullptr, starts + walk.offset + h * size);
-    read_transposed(s, grad_final + at, ends + walk.offset + walk.chunks * stride + h * size);
-  });
-  parallel(walks * block * 2 * slices, [&](int64_t begin, int64_t end) {
-    Buffer scratch(scratch_size);
-    for (int64_t task = begin; task < end; ++task) {
-      const Walk& walk = wave[task / (block * 2 * slices)];
-      const int64_t h = task / (2 * slices) % block, row = task % slices * slice_rows;
-      const int64_t row_end = std::min(height, row + slice_rows);
-      if (row >= height) continue;
-      if (task / slices % 2 == 0) {
-        kernels.start_states(in, walk.document, first + h, row, row_end, starts + walk.offset + h * size, stride, scratch.data());
-      } else {
-        kernels.end_gradients(in, out, walk.document, first + h, row, row_end, ends + walk.offset + h * size, stride, scratch.data());
-      }
-    }
-  });
-  std::vector<ChunkTask> tasks;
-  for (int64_t walk = 0; walk < walks; ++walk) {
-    for (int64_t chunk = 0; chunk < wave[walk].chunks; ++chunk) tasks.push_back({walk, chunk});
-  }
-  parallel(static_cast<int64_t>(tasks.size()), [&](int64_t begin, int64_t end) {
-    Buffer scratch(scratch_size);
-    for (int64_t task = begin; task < end; ++task) {
-      const Walk& walk = wave[tasks[task].walk];
-      const int64_t at = tasks[task].chunk * s.chunk_tokens, offset = walk.offset + tasks[task].chunk * stride;
-      kernels.backward(in, out, walk.document.start + at, std::min(s.chunk_tokens, walk.document.length - at), first,
-                       first + block, starts + offset, ends + offset + stride, scratch.data());
-    }
-  });
-  if (!grad_initial) return;
-  each_head([&](const Walk& walk, int64_t h) {
-    write_transposed(s, ends + walk.offset + h * size,
-                     grad_initial + (walk.document.slot * s.heads + first + h) * tensor_state);
-  });
-}
-
-template <class T>
-void run_backward(const Tensors& tensors, const Documents& documents, const LinearAttentionGradients<T>& out,
-                  const float* grad_final, float* grad_initial, const Kernels<T>& kernels) {
-  const LinearAttentionInputs<T> in = tensors.inputs<T>();
-  const LinearAttentionShape& s = in.shape;
-  const int64_t tensor_state = s.heads * s.key_dim * s.state_width(), stride = s.head_block * backward_state_size(s);
-  const float* initial = float_data(tensors.initial_state);
-  if (grad_initial) {  // an unused slot's final state is its initial state
-    for (const Document& document : documents.unused) {
-      const float* from = grad_final + document.slot * tensor_state;
-      std::copy(from, from + tensor_state, grad_initial + document.slot * tensor_state);
-    }
-  }
-  for (size_t index = 0; index < documents.used.size();) {
-    std::vector<Walk> wave;
-    int64_t size = 0;
-    for (; index < documents.used.size(); ++index) {
-      const Document& document = documents.used[index];
-      const int64_t chunks = s.chunks(document.length), need = (chunks + 1) * stride;
-      if (!wave.empty() && size + need > kWaveFloats) break;
-      wave.push_back({document, chunks, size});
-      size += need;
-    }
-    Buffer starts(size), ends(size);
-    for (int64_t first = 0; first < s.heads; first += s.head_block) {
-      run_block(in, out, wave, first, initial, grad_final, grad_initial, starts.data(), ends.data(), kernels);
-    }
-  }
-}
 
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -513,10 +402,13 @@ SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
     return like.has_value() ? make(*like) : torch::stable::new_empty(v, {0}, ScalarType::Float);
   };
   Tensor grad_q = make(q), grad_k = make(k), grad_v = make(v);
-  Tensor grad_log_decay = make_optional(log_decay), grad_past = make_optional(past), grad_diagonal = make_optional(diagonal);
+  Tensor grad_log_decay = make_optional(log_decay), grad_past = make_optional(past);
+  Tensor grad_diagonal = make_optional(diagonal);
   Tensor grad_initial = initial_state.has_value() ? torch::stable::empty_like(*initial_state)
                                                   : torch::stable::new_empty(v, {0}, ScalarType::Float);
-  const auto data = [](const Tensor& tensor) { return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr; };
+  const auto data = [](const Tensor& tensor) {
+    return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr;
+  };
 
   const auto run = [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
@@ -535,19 +427,21 @@ SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
     };
     out.sum_q = sums(sum_q, grad_q, s.query_groups);
     out.sum_k = sums(sum_k, grad_k, s.key_groups);
-    run_backward(tensors, documents, out, static_cast<const float*>(grad_final_state.data_ptr()), data(grad_initial), kernels);
-    if (is_bfloat16(v)) {
-      if (out.sum_q) grad_q = torch::stable::copy_(grad_q, torch::stable::view(sum_q, {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4)}));
-      if (out.sum_k) grad_k = torch::stable::copy_(grad_k, torch::stable::view(sum_k, {k.size(0), k.size(1), k.size(2), k.size(3), k.size(4)}));
-    }
+    const float* grad_final = static_cast<const float*>(grad_final_state.data_ptr());
+    run_backward(tensors, documents, out, grad_final, data(grad_initial), kernels);
+    const auto round = [&](Tensor& grad, const Tensor& sum) {
+      torch::stable::copy_(grad, torch::stable::view(sum, grad.sizes()));
+    };
+    if (is_bfloat16(v) && out.sum_q) round(grad_q, sum_q);
+    if (is_bfloat16(v) && out.sum_k) round(grad_k, sum_k);
   };
   if (is_bfloat16(v)) {
     run(bfloat16{}, Kernels<bfloat16>{choose_linear_attention_start_states_bfloat16(),
                                       choose_linear_attention_end_gradients_bfloat16(),
                                       choose_linear_attention_backward_bfloat16()});
   } else {
-    run(0.0f, Kernels<float>{choose_linear_attention_start_states_float(), choose_linear_attention_end_gradients_float(),
-                             choose_linear_attention_backward_float()});
+    run(0.0f, Kernels<float>{choose_linear_attention_start_states_float(),
+                             choose_linear_attention_end_gradients_float(), choose_linear_attention_backward_float()});
   }
   return {grad_q, grad_k, grad_v, grad_log_decay, grad_past, grad_diagonal, grad_initial};
 }

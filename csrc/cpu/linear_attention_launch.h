@@ -19,14 +19,18 @@ const float* float_data(const std::optional<Tensor>& tensor) {
 // Floats aligned to a cache line. Memory is asked for once a task, never once a chunk.
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1), 16) * sizeof(float)))) {}
+  explicit Buffer(int64_t count) : bytes_(round_up(std::max<int64_t>(count, 1), 16) * sizeof(float)) {
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes_)));
+  }
   float* data() { return memory_.get(); }
+  // For large buffers, outside parallel regions (which must not throw).
+  void check() const { STD_TORCH_CHECK(memory_ != nullptr, "out of memory: ", bytes_, " bytes for chunk states"); }
 
  private:
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
   };
+  int64_t bytes_;
   std::unique_ptr<float, Free> memory_;
 };
 
@@ -41,7 +45,8 @@ struct Documents {
   int64_t slots;
   bool padding;
 
-  Documents(int64_t batch_size, int64_t length, const std::optional<Tensor>& starts, const std::optional<Tensor>& lengths)
+  Documents(int64_t batch_size, int64_t length, const std::optional<Tensor>& starts,
+            const std::optional<Tensor>& lengths)
       : slots(batch_size), padding(false) {
     if (!starts.has_value()) {
       for (int64_t row = 0; row < batch_size; ++row) used.push_back({row * length, length, row});
@@ -55,9 +60,10 @@ struct Documents {
     int64_t covered = 0;
     for (int64_t slot = 0; slot < slots; ++slot) {
       const Document document{start[slot], size[slot], slot};
-      STD_TORCH_CHECK(size[slot] >= 0 && (size[slot] == 0 || (start[slot] >= covered && start[slot] + size[slot] <= batch_size * length)),
-                      "document ", slot, " covers tokens ", start[slot], " to ", start[slot] + size[slot],
-                      "; documents must ascend inside a grid of ", batch_size * length, " tokens");
+      const bool inside = start[slot] >= covered && start[slot] + size[slot] <= batch_size * length;
+      STD_TORCH_CHECK(size[slot] == 0 || (size[slot] > 0 && inside), "document ", slot, " covers tokens ",
+                      start[slot], " to ", start[slot] + size[slot], "; documents must ascend inside a grid of ",
+                      batch_size * length, " tokens");
       (size[slot] ? used : unused).push_back(document);
       if (size[slot]) {
         padding = padding || start[slot] != covered;
@@ -84,7 +90,8 @@ struct Tensors {
     check_tensor(v, "v", type);
     STD_TORCH_CHECK(q.dim() == 5 && k.dim() == 5 && v.dim() == 5, "q, k, v must have 5 dimensions");
     for (int axis = 0; axis < 3; ++axis) {
-      STD_TORCH_CHECK(q.size(axis) == v.size(axis) && k.size(axis) == v.size(axis), "q, k, v differ in dimension ", axis);
+      STD_TORCH_CHECK(q.size(axis) == v.size(axis) && k.size(axis) == v.size(axis),
+                      "q, k, v differ in dimension ", axis);
     }
     shape.heads = v.size(3), shape.query_groups = q.size(3), shape.key_groups = k.size(3);
     shape.ranks = v.size(2), shape.key_dim = q.size(4), shape.value_dim = v.size(4);
@@ -100,7 +107,8 @@ struct Tensors {
     for (const auto* weight : {&log_decay, &past, &diagonal}) {
       if (!weight->has_value()) continue;
       check_tensor(**weight, "log_decay, past_weight and diagonal_weight", ScalarType::Float);
-      STD_TORCH_CHECK((*weight)->numel() == v.size(0) * v.size(1) * shape.heads, "a weight is not (batch, length, heads)");
+      STD_TORCH_CHECK((*weight)->numel() == v.size(0) * v.size(1) * shape.heads,
+                      "a weight is not (batch, length, heads)");
     }
     if (initial_state.has_value()) check_tensor(*initial_state, "initial_state", ScalarType::Float);
   }

@@ -122,7 +122,8 @@ static void step(const LinearAttentionShape& s, const LinearAttentionToken<T>& t
     for (int64_t p = 0; p < width; ++p) written[r * stride + p] = token.past * v[r * stride + p];
   }
   const auto run = [&](auto* columns_of, int64_t r) {
-    columns_of(q + r * s.key_dim, k, s.key_dim, width, written, stride, ranks, token.decay, token.state, y + r * stride);
+    columns_of(q + r * s.key_dim, k, s.key_dim, width, written, stride, ranks, token.decay, token.state,
+               y + r * stride);
   };
   if (ranks == 1) {
     run(columns<1, true, true>, 0);
@@ -151,7 +152,8 @@ static void step(const LinearAttentionShape& s, const LinearAttentionToken<T>& t
   }
 }
 
-void linear_attention_step_float(const LinearAttentionShape& s, const LinearAttentionToken<float>& token, float* scratch) {
+void linear_attention_step_float(const LinearAttentionShape& s, const LinearAttentionToken<float>& token,
+                                 float* scratch) {
   step<float>(s, token, scratch);
 }
 void linear_attention_step_bfloat16(const LinearAttentionShape& s, const LinearAttentionToken<bfloat16>& token,
@@ -180,10 +182,12 @@ void run_step(const Tensors& tensors, float* state, T* y, LinearAttentionStep<T>
   const int64_t state_size = s.key_dim * s.state_width(), tasks = tensors.v.size(0) * s.heads;
   const int64_t query_stride = s.query_groups * s.key_dim, key_stride = s.key_groups * s.key_dim;
   const int64_t value_stride = s.heads * s.value_dim;
-  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kStepFloats / state_size), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kStepFloats / state_size);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     Buffer scratch(step_scratch_size(s));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / s.heads, head = task % s.heads, values = row * s.ranks * value_stride + head * s.value_dim;
+      const int64_t row = task / s.heads, head = task % s.heads;
+      const int64_t values = row * s.ranks * value_stride + head * s.value_dim;
       LinearAttentionToken<T> token;
       token.q = in.q + row * s.ranks * query_stride + s.query_group(head) * s.key_dim;
       token.k = in.k + row * s.ranks * key_stride + s.key_group(head) * s.key_dim;

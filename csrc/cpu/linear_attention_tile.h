@@ -59,7 +59,9 @@ SEQMODELS_INLINE void for_vectors(const Tile& tile, int64_t row, int64_t column,
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
-    for (int vector = 0; vector < Tile::vectors; ++vector) use(row + r, column + vector * kLanes, tile.value[r][vector]);
+    for (int vector = 0; vector < Tile::vectors; ++vector) {
+      use(row + r, column + vector * kLanes, tile.value[r][vector]);
+    }
   }
 }
 
