@@ -314,6 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_cpu(Tensor q, Tensor k, Tens
                                                         bool normalize, double epsilon) {
   const Tensors tensors(q, k, v, log_decay, past, diagonal, initial_state, normalize, epsilon);
   const Documents documents(v.size(0), v.size(1), starts, lengths);
+  tensors.check_state(documents.slots);
   const LinearAttentionShape& s = tensors.shape;
   Tensor y = torch::stable::empty_like(v);
   const ScalarType state_type = ScalarType::Float;

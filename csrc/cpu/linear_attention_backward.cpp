@@ -384,12 +384,14 @@ SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
                                            double epsilon, Tensor y, Tensor denominator) {
   const Tensors tensors(q, k, v, log_decay, past, diagonal, initial_state, normalize, epsilon);
   const Documents documents(v.size(0), v.size(1), starts, lengths);
+  tensors.check_state(documents.slots);
   const LinearAttentionShape& s = tensors.shape;
   check_tensor(grad_y, "grad_y", v.scalar_type());
   check_tensor(grad_final_state, "grad_final_state", ScalarType::Float);
   check_tensor(y, "y", v.scalar_type());
   check_tensor(denominator, "denominator", ScalarType::Float);
   STD_TORCH_CHECK(grad_y.numel() == v.numel() && y.numel() == v.numel() &&
+                      (!normalize || denominator.numel() * s.value_dim == v.numel()) &&
                       grad_final_state.numel() == documents.slots * s.heads * s.key_dim * s.state_width(),
                   "gradients do not have the shapes of the outputs");
   // Every element of a document is written; padding, if there is any, is zero.

@@ -52,6 +52,7 @@ struct Documents {
       for (int64_t row = 0; row < batch_size; ++row) used.push_back({row * length, length, row});
       return;
     }
+    STD_TORCH_CHECK(lengths.has_value() && lengths->numel() == starts->numel(), "starts needs lengths, one for each");
     check_tensor(*starts, "starts", ScalarType::Long);
     check_tensor(*lengths, "lengths", ScalarType::Long);
     const int64_t* start = static_cast<const int64_t*>(starts->data_ptr());
@@ -111,6 +112,13 @@ struct Tensors {
                       "a weight is not (batch, length, heads)");
     }
     if (initial_state.has_value()) check_tensor(*initial_state, "initial_state", ScalarType::Float);
+  }
+
+  // The initial state has a row for each document.
+  void check_state(int64_t documents) const {
+    STD_TORCH_CHECK(!initial_state.has_value() || initial_state->numel() == documents * shape.heads * shape.key_dim *
+                                                                                 shape.state_width(),
+                    "the state is not (documents, heads, key width, value width)");
   }
 
   template <class T>

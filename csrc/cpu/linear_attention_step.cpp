@@ -208,9 +208,8 @@ Tensor linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, std::optional<Ten
                                  std::optional<Tensor> past, std::optional<Tensor> diagonal, Tensor state,
                                  bool normalize, double epsilon) {
   const Tensors tensors(q, k, v, log_decay, past, diagonal, state, normalize, epsilon);
-  const LinearAttentionShape& s = tensors.shape;
-  STD_TORCH_CHECK(v.size(1) == 1 && state.numel() == v.size(0) * s.heads * s.key_dim * s.state_width(),
-                  "the state is not (batch, heads, key width, value width)");
+  STD_TORCH_CHECK(v.size(1) == 1, "a step takes one token");
+  tensors.check_state(v.size(0));
   Tensor y = torch::stable::empty_like(v);
   float* memory = static_cast<float*>(state.data_ptr());
   if (is_bfloat16(v)) {
