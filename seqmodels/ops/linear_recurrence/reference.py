@@ -38,4 +38,3 @@ def forward(
             states[t] = state
         final_state.append(state)
     return components_of(torch.stack(states)).view(x.shape), components_of(torch.stack(final_state))
-

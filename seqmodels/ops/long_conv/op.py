@@ -64,9 +64,7 @@ def long_conv(
             f"long_conv: kernel has shape {tuple(kernel.shape)}; expected ({channels}, taps) or (rows, {channels}, "
             f"taps) for x {tuple(x.shape)}"
         )
-    if reverse_kernel is not None and (
-        reverse_kernel.shape[:-1] != kernel.shape[:-1] or reverse_kernel.shape[-1] < 1
-    ):
+    if reverse_kernel is not None and (reverse_kernel.shape[:-1] != kernel.shape[:-1] or reverse_kernel.shape[-1] < 1):
         raise ValueError(
             f"long_conv: reverse_kernel has shape {tuple(reverse_kernel.shape)}; expected {tuple(kernel.shape[:-1])} "
             "and at least one tap"
@@ -126,6 +124,6 @@ _operator = Operator(
     "Tensor x, Tensor kernel, Tensor? reverse_kernel, Tensor? initial_state, Tensor? starts, Tensor? lengths",
     outputs=1,
     fake=_fake,
-    modules={name: f"{_PACKAGE}.{name}" for name in ("reference",)},
+    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch")},
     differentiable=(0, 1, 2, 3),
 )

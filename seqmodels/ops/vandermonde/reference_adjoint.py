@@ -1,6 +1,6 @@
 """The transposed Vandermonde product as it is written.
 
-    state[r, h, n] = sum_l x[r, h, l] e^{l z[h, n]}
+state[r, h, n] = sum_l x[r, h, l] e^{l z[h, n]}
 """
 
 from __future__ import annotations

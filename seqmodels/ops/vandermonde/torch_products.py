@@ -27,11 +27,11 @@ _BLOCK_ELSEWHERE = 2**24  # launches cost more than memory
 
 def kernel(z: Tensor, weight: Tensor, length: int, scale: float) -> Tensor:
     """scale Re sum_n weight e^{l z}: (rows, heads, length) from weight (rows, heads, states, 2)."""
-    rows, heads, states, _ = weight.shape
+    rows, heads = weight.shape[:2]
     result = weight.new_empty((rows, heads, length))
     numbers = torch.view_as_complex(weight.contiguous())
     for block, outer_HAN, inner_HMN in _factors(z, rows, length, numbers.dtype):
-        size, inner = inner_HMN.shape[1], _pairs(inner_HMN)
+        inner = _pairs(inner_HMN)
         left_HRAN = numbers[:, block].transpose(0, 1)[:, :, None] * outer_HAN[:, None]
         product = torch.matmul(_pairs(left_HRAN.conj().resolve_conj()).flatten(1, 2), inner.transpose(1, 2))
         product = product.view(inner.shape[0], rows, -1)[..., :length].transpose(0, 1)
@@ -61,9 +61,7 @@ def moments(z: Tensor, g: Tensor, *, first: bool = True) -> tuple[Tensor, Tensor
     return torch.view_as_real(results[0]), torch.view_as_real(results[1]) if first else None
 
 
-def _factors(
-    z: Tensor, rows: int, length: int, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _factors(z: Tensor, rows: int, length: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of heads with e^{a m z} (heads, A, states) and e^{b z} (heads, m, states), in complex ``dtype``."""
     heads, states, _ = z.shape
     # Both matrices have the same size at m = sqrt(rows * length).
