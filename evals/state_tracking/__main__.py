@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             f"suite {name!r} needs a GPU and none is visible to torch; on a CPU, --suite cpu runs parity in minutes"
         )
     results = Results(options.out, SUITE)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends: as if Ctrl-C were pressed
     jobs = options.jobs or (2 if suite.device == "cpu" else 1)
     try:
         with LiveTable(Console()) as display:
