@@ -28,7 +28,7 @@ from seqmodels.training.optimizer import make_optimizer, set_learning_rate
 from seqmodels.training.schedule import learning_rate_factor
 
 TRAIN, VALIDATION, TEST = 0, 1, 2  # streams of the data: no set depends on another's size
-DATA_SEED = 0  # of validation and test: the same for every cell
+DATA_SEED = 1  # of validation and test: the same for every cell, and not one that protocols were made with
 TOKENS_AT_ONCE = 1 << 14  # of evaluation
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, load, nearest
 from seqmodels.models.arguments import layer_class
-from seqmodels.tasks.state_tracking import task_named
+from seqmodels.tasks.state_tracking import MIN_BRACKETS, generate, task_named
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "state_tracking"
 TIME_STEP = ("dt_min", "dt_max")
@@ -195,9 +195,14 @@ def _check_lengths(name: str, plan: TaskPlan) -> None:
                 f"{name}: a stage has lengths {stage.min_length} to {stage.max_length}; "
                 f"expected {task.min_length} <= min_length <= max_length"
             )
-    for length in (training.validation_length, *plan.test_lengths):
+    if training.validation_length < task.min_length:
+        raise ConfigError(f"{name}: validation_length is {training.validation_length}; at least {task.min_length}")
+    for length in plan.test_lengths:
         if length < task.min_length:
-            raise ConfigError(f"{name}: length {length} is too short; the shortest is {task.min_length}")
+            raise ConfigError(f"{name}: test length {length} is too short; the shortest is {task.min_length}")
+        exists = int(generate(name, 1, length, max(length, MIN_BRACKETS), seed=0).lengths[0]) + task.unread
+        if exists != length:
+            raise ConfigError(f"{name}: no sequence has test length {length}; the nearest is {exists}")
     if not plan.test_lengths:
         raise ConfigError(f"{name}: test_lengths is empty; expected at least one length")
 
