@@ -8,7 +8,7 @@ import torch
 import seqmodels
 from seqmodels import Layout
 from seqmodels.ops.kernels import KernelSpec
-from seqmodels.ops.linear_attention import linear_attention, triton_scan
+from seqmodels.ops.linear_attention import linear_attention, linear_attention_step, triton_scan
 
 CASES = {
     "plain": dict(log_decay=False, past=False, diagonal=False),
@@ -142,3 +142,22 @@ def test_segments_were_used():
     finally:
         triton_scan._combine = original
     assert launches
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "weights", "rank three", "groups", "normalize", "normalize plain", "odd widths"]
+)
+def test_step_against_definition(case):
+    tensors, _, normalize = _tensors(**CASES[case] | {"batch": 3, "length": 2})
+    found = {}
+    for backend, dtype in (("reference", torch.float64), ("torch", torch.float32), ("triton", torch.float32)):
+        args = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
+        state, outputs = args.pop("initial_state").clone(), []
+        with seqmodels.backend(backend):
+            for t in range(2):
+                token = {name: None if x is None else x[:, t] for name, x in args.items()}
+                outputs.append(linear_attention_step(**token, state=state, normalize=normalize))
+        found[backend] = {"y": torch.stack(outputs), "state": state}
+    for name, value in found["reference"].items():
+        bound = 2 * _error(found["torch"][name], value) + 4 * torch.finfo(torch.float32).eps
+        assert _error(found["triton"][name], value) <= bound, name

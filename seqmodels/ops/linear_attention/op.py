@@ -217,5 +217,6 @@ _step_operator = Operator(
         "reference": f"{_PACKAGE}.reference_step",
         "torch": f"{_PACKAGE}.torch_step",
         "cpu": f"{_PACKAGE}.cpu_step",
+        "triton": f"{_PACKAGE}.triton_step",
     },
 )

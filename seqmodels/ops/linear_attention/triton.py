@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from seqmodels.ops.documents import token_table
-from seqmodels.ops.linear_attention.triton_scan import FLOAT32_WIDTH, MAX_RANK, Problem
+from seqmodels.ops.linear_attention.triton_scan import MAX_RANK, Problem, widest
+from seqmodels.ops.tiles import device_properties
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,9 +22,13 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
         return f"it computes in bfloat16, float16 or float32, not {v.dtype}"
     if v.shape[2] > MAX_RANK:
         return f"its tile of {MAX_RANK} rows does not hold rank {v.shape[2]}"
-    widest = FLOAT32_WIDTH if v.dtype == torch.float32 else 256
-    if max(q.shape[-1], v.shape[-1]) > widest:
-        return f"it holds key and value widths up to {widest} in {v.dtype}, not {q.shape[-1]} and {v.shape[-1]}"
+    device = device_properties(v.device.index)
+    width = widest(device, v.dtype)
+    if max(q.shape[-1], v.shape[-1]) > width:
+        return (
+            f"on {device.target} it holds key and value widths up to {width} in {v.dtype}, "
+            f"not {q.shape[-1]} and {v.shape[-1]}"
+        )
     if v.shape[0] * v.shape[1] * v.shape[2] >= 2**31:
         return f"it counts tokens x ranks in 32 bits; {tuple(v.shape[:3])} (batch, length, ranks) are too many"
     return None

@@ -384,22 +384,42 @@ def _tile_of(
     return Tile(constants, num_warps=num_warps, num_stages=num_stages)
 
 
+def _up_to(width: int) -> tuple[dict[str, Any], ...]:
+    return tuple(variant for variant in _VARIANTS if variant["BLOCK_K"] <= width)
+
+
 # 64 rows feed a warpgroup; with more warps Triton would repeat the scores in each of them.
-WIDE, NARROW = _tile_of(64, 64, 4, 2, tma=True), _tile_of(64, 32, 4, 2, tma=True)
+WIDE, NARROW, SHORT = (_tile_of(64, width, 4, stages, tma=True) for width, stages in ((64, 2), (32, 2), (32, 1)))
+
+
+def _fits(tile: Tile, variant: Mapping[str, Any], dtype: str) -> bool:
+    """Masks of documents, or 256 key lanes, do not fit the registers beside 64 value columns."""
+    if tile == WIDE:
+        return variant["BLOCK_K"] <= 128 and not variant["MASKED"]
+    return tile == NARROW or variant["MASKED"]
+
+
+def _choose(device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
+    """The widest that fits; where products go to tensor memory, a pipeline of masked tiles does not."""
+    if _fits(WIDE, variant, dtype):
+        return WIDE
+    return SHORT if variant["MASKED"] and int(device.architecture) >= 100 else NARROW
+
+
 SCAN = KernelSpec(
     name="linear_attention.scan",
     function=_scan,
     signature=_POINTERS | _DESCRIPTORS,
-    tiles=(WIDE, NARROW),
+    tiles=(WIDE, NARROW, SHORT),
     variants=_VARIANTS,
     dtypes=("bf16", "fp16"),
     matrix_units=("bf16", "fp16"),
     devices=_has_tma,
-    # Masks of documents, or 256 key lanes, beside 64 value columns do not fit the registers.
-    valid=lambda tile, variant, dtype: tile is not WIDE or (variant["BLOCK_K"] <= 128 and not variant["MASKED"]),
+    choose=_choose,
+    valid=_fits,
 )
 # mma.sync takes its operands from registers, where a right-hand operand stands once in every warp: small tiles.
-SMALL, SMALLER = _tile_of(32, 32, 4, 2), _tile_of(32, 16, 4, 2)
+SMALL, SMALLER = _tile_of(32, 32, 4, 2), _tile_of(16, 32, 8, 1)
 AMD, AMD_SMALL = _tile_of(64, 64, 4, 1, tf32x3=False), _tile_of(32, 32, 4, 1, tf32x3=False)
 
 
@@ -421,20 +441,39 @@ SCAN_SMALL = KernelSpec(
     devices=lambda device: not _has_tma(device),
     choose=_choose_small,
 )
-# Three TF32 products need four registers for what takes one in bfloat16, so widths end at 128; warpgroups
-# take no such operand transposed.
-EXACT, AMD_EXACT = _tile_of(16, 32, 8, 1), _tile_of(16, 32, 4, 1, tf32x3=False)
-FLOAT32_WIDTH = 128
+# Three TF32 products need four registers for what takes one in bfloat16, so key widths end sooner, and on
+# the machines whose every product is an mma.sync sooner still. Warpgroups take no such operand transposed.
+EXACT, EXACT_SMALL, EXACT_AMD = _tile_of(16, 32, 8, 1), _tile_of(16, 16, 4, 1), _tile_of(16, 32, 4, 1, tf32x3=False)
 SCAN_FLOAT32 = KernelSpec(
     name="linear_attention.scan_float32",
     function=_scan,
     signature=_POINTERS,
-    tiles=(EXACT, AMD_EXACT),
-    variants=tuple(variant for variant in _VARIANTS if variant["BLOCK_K"] <= FLOAT32_WIDTH),
+    tiles=(EXACT,),
+    variants=_up_to(128),
     dtypes=("fp32",),
     matrix_units=("fp32",),
     warpgroup=False,
-    choose=lambda device, variant, dtype: AMD_EXACT if device.backend == "hip" else EXACT,
+    devices=_has_tma,
+)
+SCAN_FLOAT32_SMALL = KernelSpec(
+    name="linear_attention.scan_float32_small",
+    function=_scan,
+    signature=_POINTERS,
+    tiles=(EXACT_SMALL,),
+    variants=_up_to(64),
+    dtypes=("fp32",),
+    matrix_units=("fp32",),
+    devices=lambda device: device.backend == "cuda" and not _has_tma(device),
+)
+SCAN_FLOAT32_AMD = KernelSpec(
+    name="linear_attention.scan_float32_amd",
+    function=_scan,
+    signature=_POINTERS,
+    tiles=(EXACT_AMD,),
+    variants=_up_to(128),
+    dtypes=("fp32",),
+    matrix_units=("fp32",),
+    devices=lambda device: device.backend == "hip",
 )
 COMBINE = KernelSpec(
     name="linear_attention.combine",
@@ -447,14 +486,19 @@ COMBINE = KernelSpec(
     variants=({"REVERSE": False}, {"REVERSE": True}),
     dtypes=("fp32",),
 )
-KERNELS = [SCAN, SCAN_SMALL, SCAN_FLOAT32, COMBINE]
+_FLOAT32 = (SCAN_FLOAT32, SCAN_FLOAT32_SMALL, SCAN_FLOAT32_AMD)
+KERNELS = [SCAN, SCAN_SMALL, *_FLOAT32, COMBINE]
 MAX_RANK = 16
 
 
 def _spec(device: Device, dtype: torch.dtype) -> KernelSpec:
-    if dtype == torch.float32:
-        return SCAN_FLOAT32
-    return SCAN if _has_tma(device) else SCAN_SMALL
+    choices = _FLOAT32 if dtype == torch.float32 else (SCAN, SCAN_SMALL)
+    return next(spec for spec in choices if spec.devices is not None and spec.devices(device))
+
+
+def widest(device: Device, dtype: torch.dtype) -> int:
+    """The largest key or value width (each is the key of one pass of the backward) that is audited."""
+    return max(variant["BLOCK_K"] for variant in _spec(device, dtype).variants)
 
 
 def _operand(x: Tensor, rows: int, columns: int, documents: bool) -> TensorDescriptor:
