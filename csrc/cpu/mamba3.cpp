@@ -22,7 +22,7 @@ struct Mamba3Outputs {
 
 static inline int64_t mamba3_forward_scratch(const Mamba3Shape& s, const LinearAttentionShape& head) {
   return head_weights_size(s) + run_size(s, head.chunk_tokens) + kChunkRows * s.head_dim + 2 * padded(s.head_dim) +
-         padded(2 * s.d_state + s.head_dim) + forward_state_size(head) + forward_scratch_size(head) + 2 * padded(s.angles) +
+         padded(s.d_state + s.head_dim) + forward_state_size(head) + forward_scratch_size(head) + 2 * padded(s.angles) +
          128;
 }
 
@@ -51,27 +51,25 @@ static void forward(const Mamba3Inputs<T>& in, const Mamba3Outputs<T>& outputs, 
   const HeadWeights weights = take_head_weights(s, in.weights, head, arena);
   const Run run = take_run(s, shape.chunk_tokens, arena);
   float* y = arena.take(kChunkRows * P);
-  float *z = arena.take(P), *gated = arena.take(P), *wide = arena.take(2 * N + P);
+  float *z = arena.take(P), *gated = arena.take(P), *wide = arena.take(N + P);
   float* state = arena.take(forward_state_size(shape));
   float* inner = arena.take(forward_scratch_size(shape));
 
   for (int64_t i = 0; i < A; ++i) phase[i] = initial_angle ? initial_angle[i] : 0.0;
   std::fill(state, state + forward_state_size(shape), 0.0f);
   if (initial_state) {
-    for (int64_t n = 0; n < N; ++n) {
-      const float* from = initial_state + lane_at(s, n);
-      for (int64_t p = 0; p < P; ++p) state[n * value_width + p] = from[p * N];
-    }
+    for_lanes(s, [=](int64_t n, int64_t lane) {
+      for (int64_t p = 0; p < P; ++p) state[n * value_width + p] = initial_state[p * N + lane];
+    });
   }
   const LinearAttentionInputs<float> chunk{shape, run.q, run.k, run.v, run.log_decay, run.past, run.diagonal};
   int64_t tokens = 0;
   for (int64_t begin = 0; begin < document.length; begin += tokens) {
     const int64_t token = document.start + begin;
     tokens = std::min(shape.chunk_tokens, document.length - begin);
-    prefetch_head(in.x, in.x_stride, token, tokens, head, P);
-    prefetch_head(in.z, in.z_stride, token, tokens, head, P);
-    prefetch_head(outputs.out, s.heads * P, token, tokens, head, P);
     make_run(in, weights, head, token, tokens, true, phase, run, wide);
+    prefetch_head(in.z, in.z_stride, token, tokens, head, P);
+    if (begin + tokens < document.length) prefetch_head(in.x, in.x_stride, token + tokens, tokens, head, P);
     linear_attention_forward_float(chunk, {y, nullptr}, 0, tokens, 0, 1, state, true, inner);
     const float skip = in.weights.skip[head];
     for (int64_t i = 0; i < tokens * R * P; ++i) y[i] += skip * run.v[i];
@@ -86,14 +84,13 @@ static void forward(const Mamba3Inputs<T>& in, const Mamba3Outputs<T>& outputs, 
   float* angle = outputs.angle + (document.slot * s.heads + head) * A;
   for (int64_t i = 0; i < A; ++i) angle[i] = static_cast<float>(phase[i]);
   float* ssm = outputs.ssm + (document.slot * s.heads + head) * P * N;
-  for (int64_t n = 0; n < N; ++n) {
-    float* to = ssm + lane_at(s, n);
-    for (int64_t p = 0; p < P; ++p) to[p * N] = state[n * value_width + p];
-  }
+  for_lanes(s, [=](int64_t n, int64_t lane) {
+    for (int64_t p = 0; p < P; ++p) ssm[p * N + lane] = state[n * value_width + p];
+  });
   for (int64_t r = 0; r < R; ++r) {
     const float* from = run.k + ((tokens - 1) * R + r) * N;
     float* to = outputs.k + ((document.slot * R + r) * s.heads + head) * N;
-    for (int64_t n = 0; n < N; ++n) to[lane_at(s, n)] = from[n];
+    for_lanes(s, [=](int64_t n, int64_t lane) { to[lane] = from[n]; });
   }
 }
 

@@ -18,8 +18,6 @@ struct Mamba3Shape {
   float epsilon;
 
   int64_t group(int64_t head) const { return head * groups / heads; }
-  int64_t first_lane(int64_t pair) const { return half ? pair : 2 * pair; }
-  int64_t second_lane(int64_t pair) const { return half ? pair + d_state / 2 : 2 * pair + 1; }
 };
 
 // Parameters of the layer, float32. The mimo weights are all given or all null (ones), the norm's

@@ -61,7 +61,7 @@ static inline int64_t mamba3_segment_tokens(const Mamba3Shape& s) { return kSegm
 
 static inline int64_t mamba3_backward_scratch(const Mamba3Shape& s, const LinearAttentionShape& head) {
   const int64_t tokens = mamba3_segment_tokens(s), rows = tokens * s.ranks;
-  return head_weights_size(s) + run_size(s, tokens) + rows * (2 * s.d_state + 3 * s.head_dim) + 3 * tokens +
+  return head_weights_size(s) + run_size(s, tokens) + 2 * rows * s.head_dim + 3 * tokens +
          (2 * kSegmentChunks + 1) * backward_state_size(head) + forward_state_size(head) + 2 * padded(s.angles) +
          std::max(backward_scratch_size(head), forward_scratch_size(head)) + Mamba3Sums(s).size +
          6 * padded(s.head_dim) + 3 * padded(s.d_state) + 512;
@@ -97,12 +97,12 @@ namespace SEQMODELS_LEVEL {
 static void read_state(const Mamba3Shape& s, const LinearAttentionShape& shape, const float* from, float* state) {
   std::fill(state, state + backward_state_size(shape), 0.0f);
   if (!from) return;
-  for (int64_t p = 0; p < s.head_dim; ++p) order_row(s, from + p * s.d_state, state + p * padded(s.d_state));
+  for (int64_t p = 0; p < s.head_dim; ++p) order_lanes(s, from + p * s.d_state, state + p * padded(s.d_state));
 }
 
 static void write_state(const Mamba3Shape& s, const float* state, float* to) {
-  for (int64_t p = 0; p < s.head_dim; ++p) {
-    for (int64_t n = 0; n < s.d_state; ++n) to[p * s.d_state + lane_at(s, n)] = state[p * padded(s.d_state) + n];
+  for (int64_t p = 0; p < s.head_dim; ++p, state += padded(s.d_state), to += s.d_state) {
+    for_lanes(s, [=](int64_t n, int64_t lane) { to[lane] = state[n]; });
   }
 }
 
@@ -116,7 +116,7 @@ static void segment_states(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& 
   double* phase = reinterpret_cast<double*>(arena.take(2 * padded(A)));
   const HeadWeights weights = take_head_weights(s, in.weights, head, arena);
   const Run run = take_run(s, tokens, arena);
-  float* wide = arena.take(2 * s.d_state + s.head_dim);
+  float* wide = arena.take(s.d_state + s.head_dim);
   float* states = arena.take((kSegmentChunks + 1) * size);
   float* inner = arena.take(backward_scratch_size(shape));
   const LinearAttentionInputs<float> inputs{shape, run.q, run.k, run.v, run.log_decay, run.past, run.diagonal};
@@ -191,6 +191,7 @@ static void unrotate(const Mamba3Shape& s, const float* rows, float* grads, cons
                      float* grad_angle) {
   const int64_t N = s.d_state, A = s.angles;
   for (int64_t r = 0; r < s.ranks; ++r, rows += N, grads += N) {
+#pragma GCC ivdep
     for (int64_t i = 0; i < A; ++i) {
       const float first = grads[i], second = grads[A + i];
       grad_angle[i] += second * rows[i] - first * rows[A + i];
@@ -200,21 +201,20 @@ static void unrotate(const Mamba3Shape& s, const float* rows, float* grads, cons
   }
 }
 
-// Adds a token's rows of d(n weight + bias) to the sums of bias and weight, and copies them out.
+// Adds a token's rows of d(n weight + bias) to the sums of bias and weight.
 template <class T>
 static void add_key_sums(const Mamba3Shape& s, const T* raw, const float* inverse, int64_t group, const float* grads,
-                         float* bias_sum, float* weight_sum, float* part, float* wide) {
+                         float* bias_sum, float* weight_sum, float* wide) {
   const int64_t N = s.d_state;
-  float* row = wide + N;
-  for (int64_t r = 0; r < s.ranks; ++r, grads += N, bias_sum += N, part += N) {
+  for (int64_t r = 0; r < s.ranks; ++r, grads += N, bias_sum += N) {
     const int64_t at = r * s.groups + group;
-    order_row(s, raw + at * N, row, wide);
+    const float* row = float_row(raw + at * N, N, wide);
     const float scale = inverse[at];
-    for (int64_t n = 0; n < N; ++n) {
-      bias_sum[n] += grads[n];
-      weight_sum[n] += grads[n] * row[n] * scale;
-      part[n] = grads[n];
-    }
+    for_lanes(s, [=](int64_t n, int64_t lane) {
+      const float gradient = grads[n];
+      bias_sum[n] += gradient;
+      weight_sum[n] += gradient * row[lane] * scale;
+    });
   }
 }
 
@@ -235,7 +235,7 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
   double* phase = reinterpret_cast<double*>(arena.take(2 * padded(A)));
   const HeadWeights weights = take_head_weights(s, w, head, arena);
   const Run run = take_run(s, most, arena);
-  float *dq = arena.take(most * R * N), *dk = arena.take(most * R * N);
+  float *dq = walk.c, *dk = walk.b;  // at first of the rotated rows
   float *y = arena.take(most * R * P), *dv = arena.take(most * R * P);
   float *log_decay = arena.take(most), *past = arena.take(most), *diagonal = arena.take(most);
   float* starts = arena.take(kSegmentChunks * size);
@@ -245,7 +245,7 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
   float* sums = arena.take(at.size);
   float* dz = arena.take(2 * padded(P));
   float *z = arena.take(P), *x = arena.take(P), *grad_out = arena.take(P);
-  float *grad_angle = arena.take(padded(A)), *wide = arena.take(2 * N + P);
+  float *grad_angle = arena.take(padded(A)), *wide = arena.take(N + P);
   std::fill(sums, sums + at.size, 0.0f);
 
   // The forward again: keys, queries and values, states at the chunks' starts, outputs.
@@ -257,6 +257,8 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
   std::fill(state, state + forward_state_size(shape), 0.0f);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t begin = chunk * shape.chunk_tokens, count = std::min(shape.chunk_tokens, tokens - begin);
+    prefetch_head(in.z, in.z_stride, token + begin, count, head, P);
+    prefetch_head(out.grad_out, H * P, token + begin, count, head, P);
     transpose(starts + chunk * size, padded(N), height, padded(N), state, padded(P));
     linear_attention_forward_float(inputs, {y, nullptr}, begin, count, 0, 1, state, false, inner);
   }
@@ -321,7 +323,7 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
     for (int64_t r = 0; r < R; ++r) {
       const float* from = out.grad_k + ((walk.document.slot * R + r) * H + head) * N;
       float* to = dk + (rows - R + r) * N;
-      for (int64_t n = 0; n < N; ++n) to[n] += from[lane_at(s, n)];
+      for_lanes(s, [=](int64_t n, int64_t lane) { to[n] += from[lane]; });
     }
   }
   const int64_t norms = R * s.groups;
@@ -341,9 +343,9 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
     }
     out.phase_step[index * H + head] = static_cast<float>(grad_step);
     add_key_sums(s, in.b + index * in.b_stride, in.inverse_b + index * norms, group, dk + row, sums + at.b_bias,
-                 sums + at.b_weight, walk.b + row, wide);
+                 sums + at.b_weight, wide);
     add_key_sums(s, in.c + index * in.c_stride, in.inverse_c + index * norms, group, dq + row, sums + at.c_bias,
-                 sums + at.c_weight, walk.c + row, wide);
+                 sums + at.c_weight, wide);
   }
   for (int64_t i = 0; i < at.size; ++i) walk.sums[i] += sums[i];
 
@@ -358,21 +360,30 @@ static void backward(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, c
 // db of one row from the heads' sum of d(n weight + bias), in `total`.
 template <class T>
 static void norm_backward(const Mamba3Shape& s, const T* raw, float inverse, const float* weight, float* total, T* to,
-                          float* wide) {
-  const int64_t N = s.d_state;
-  float* normed = wide + N;
-  order_row(s, raw, normed, wide);
+                          float* placed) {
+  const int64_t N = s.d_state;  // `placed` is g in the tensor's order of lanes
+  for_lanes(s, [=](int64_t n, int64_t lane) { placed[lane] = total[n] * weight[n]; });
   Vec correlation{};
   for (int64_t n = 0; n < N; n += kLanes) {
-    const int64_t left = N - n;
-    const Vec value = load_some(normed + n, left) * inverse, gradient = load_some(total + n, left) * load_some(weight + n, left);
-    store_some(normed + n, value, left);
-    store_some(total + n, gradient, left);
-    correlation += value * gradient;
+    correlation += load_some(raw + n, N - n) * load_some(placed + n, N - n);
   }
-  const float mean = sum(correlation) / static_cast<float>(N);
-  for (int64_t n = 0; n < N; ++n) wide[lane_at(s, n)] = (total[n] - normed[n] * mean) * inverse;
-  for (int64_t n = 0; n < N; n += kLanes) store_some(to + n, load_some(wide + n, N - n), N - n);
+  const float mean = sum(correlation) * inverse / static_cast<float>(N);
+  for (int64_t n = 0; n < N; n += kLanes) {
+    const int64_t left = N - n;
+    const Vec normed = load_some(raw + n, left) * inverse;
+    store_some(to + n, (load_some(placed + n, left) - normed * mean) * inverse, left);
+  }
+}
+
+// total = sum of the heads' rows at `part`.
+static void add_heads(const Mamba3Walk* heads, int64_t count, float* Mamba3Walk::*rows, int64_t part, int64_t n,
+                      float* total) {
+  std::copy(heads[0].*rows + part, heads[0].*rows + part + n, total);
+  for (int64_t h = 1; h < count; ++h) {
+    const float* from = heads[h].*rows + part;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) total[i] += from[i];
+  }
 }
 
 template <class T>
@@ -382,7 +393,7 @@ static void join(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, const
   const int64_t N = s.d_state, R = s.ranks, A = s.angles, of_group = s.heads / s.groups;
   const int64_t first = walks[0].document.start + segment * mamba3_segment_tokens(s);
   Arena arena(scratch);
-  float *b_weight = arena.take(N), *c_weight = arena.take(N), *total = arena.take(N), *wide = arena.take(2 * N);
+  float *b_weight = arena.take(N), *c_weight = arena.take(N), *total = arena.take(N), *placed = arena.take(N);
   order_lanes(s, in.weights.b_weight, b_weight);
   order_lanes(s, in.weights.c_weight, c_weight);
   for (int64_t t = begin; t < end; ++t) {
@@ -391,23 +402,13 @@ static void join(const Mamba3Inputs<T>& in, const Mamba3Gradients<T>& out, const
       for (int64_t group = 0; group < s.groups; ++group) {
         const int64_t row = r * s.groups + group, norm = token * R * s.groups + row, part = (t * R + r) * N;
         const Mamba3Walk* heads = walks + group * of_group;
-        std::copy(heads[0].b + part, heads[0].b + part + N, total);
-        for (int64_t h = 1; h < of_group; ++h) {
-          for (int64_t n = 0; n < N; ++n) total[n] += heads[h].b[part + n];
-        }
-        norm_backward(s, in.b + token * in.b_stride + row * N, in.inverse_b[norm], b_weight, total, out.b + norm * N, wide);
-        std::copy(heads[0].c + part, heads[0].c + part + N, total);
-        for (int64_t h = 1; h < of_group; ++h) {
-          for (int64_t n = 0; n < N; ++n) total[n] += heads[h].c[part + n];
-        }
-        norm_backward(s, in.c + token * in.c_stride + row * N, in.inverse_c[norm], c_weight, total, out.c + norm * N, wide);
+        add_heads(heads, of_group, &Mamba3Walk::b, part, N, total);
+        norm_backward(s, in.b + token * in.b_stride + row * N, in.inverse_b[norm], b_weight, total, out.b + norm * N, placed);
+        add_heads(heads, of_group, &Mamba3Walk::c, part, N, total);
+        norm_backward(s, in.c + token * in.c_stride + row * N, in.inverse_c[norm], c_weight, total, out.c + norm * N, placed);
       }
     }
-    for (int64_t i = 0; i < A; ++i) {
-      float sum = 0;
-      for (int64_t h = 0; h < s.heads; ++h) sum += walks[h].rate[t * A + i];
-      out.rate[token * A + i] = sum;
-    }
+    add_heads(walks, s.heads, &Mamba3Walk::rate, t * A, A, out.rate + token * A);
   }
 }
 
@@ -610,8 +611,9 @@ TwelveTensors mamba3_backward_cpu(
   float* to = data(grad_weights);
   for (int64_t head = 0; head < s.heads; ++head) {
     const double* from = sums.data() + head * at.size;
-    for (int64_t i = 0; i < at.mimo_x; ++i) {
-      to[head * at.size + i / s.d_state * s.d_state + plain::lane_at(s, i % s.d_state)] = static_cast<float>(from[i]);
+    for (int64_t i = 0; i < at.mimo_x; i += s.d_state) {
+      float* row = to + head * at.size + i;
+      plain::for_lanes(s, [=](int64_t n, int64_t lane) { row[lane] = static_cast<float>(from[i + n]); });
     }
     for (int64_t i = at.mimo_x; i < at.size; ++i) to[head * at.size + i] = static_cast<float>(from[i]);
   }

@@ -69,17 +69,34 @@ static inline Run take_run(const Mamba3Shape& s, int64_t tokens, Arena& arena) {
 namespace seqmodels {
 namespace SEQMODELS_LEVEL {
 
-// The lane of a tensor that stands at place n of a row of keys.
-SEQMODELS_INLINE int64_t lane_at(const Mamba3Shape& s, int64_t n) {
-  if (n < s.angles) return s.first_lane(n);
-  if (n < 2 * s.angles) return s.second_lane(n - s.angles);
-  if (!s.half) return n;
-  const int64_t between = s.d_state / 2 - s.angles;  // lanes that pass through in the first half
-  return n < 2 * s.angles + between ? n - s.angles : n;
+// Calls body(place, lane) for every place n of a row of keys and the lane of a tensor that stands
+// there. No two calls may touch the same memory.
+template <bool half, class Body>
+SEQMODELS_INLINE void for_lanes_of(const Mamba3Shape& s, Body body) {
+  const int64_t A = s.angles, N = s.d_state, second = half ? N / 2 : 1;
+  constexpr int step = half ? 1 : 2;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < A; ++i) body(i, step * i);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < A; ++i) body(A + i, step * i + second);
+  // Lanes that pass through: those behind the pairs, and with `half` those between their halves.
+  int64_t place = 2 * A;
+  if (half) {
+#pragma GCC ivdep
+    for (int64_t lane = A; lane < second; ++lane) body(lane + A, lane);
+    place = A + second;
+  }
+#pragma GCC ivdep
+  for (; place < N; ++place) body(place, place);
+}
+
+template <class Body>
+SEQMODELS_INLINE void for_lanes(const Mamba3Shape& s, Body body) {
+  s.half ? for_lanes_of<true>(s, body) : for_lanes_of<false>(s, body);
 }
 
 static void order_lanes(const Mamba3Shape& s, const float* from, float* to) {
-  for (int64_t n = 0; n < s.d_state; ++n) to[n] = from[lane_at(s, n)];
+  for_lanes(s, [=](int64_t n, int64_t lane) { to[n] = from[lane]; });
 }
 
 static HeadWeights take_head_weights(const Mamba3Shape& s, const Mamba3Weights& w, int64_t head, Arena& arena) {
@@ -94,52 +111,35 @@ static HeadWeights take_head_weights(const Mamba3Shape& s, const Mamba3Weights& 
   return h;
 }
 
-// A row of raw B or C with its lanes in order. `Step` and `offset` lead to a pair's second lane.
-template <int Step>
-static void order_pairs(const float* from, int64_t pairs, int64_t offset, float* to) {
-  for (int64_t i = 0; i < pairs; ++i) to[i] = from[Step * i];
-  for (int64_t i = 0; i < pairs; ++i) to[pairs + i] = from[Step * i + offset];
-}
-
-static void order_row(const Mamba3Shape& s, const float* from, float* to) {
-  const int64_t A = s.angles, N = s.d_state;
-  if (s.half) {
-    order_pairs<1>(from, A, N / 2, to);
-    std::memcpy(to + 2 * A, from + A, (N / 2 - A) * sizeof(float));
-    std::memcpy(to + N / 2 + A, from + N / 2 + A, (N - N / 2 - A) * sizeof(float));
+// A row of raw B or C in float, whatever the tensor holds.
+template <class T>
+static const float* float_row(const T* from, int64_t n, float* wide) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return from;
   } else {
-    order_pairs<2>(from, A, 1, to);
-    std::memcpy(to + 2 * A, from + 2 * A, (N - 2 * A) * sizeof(float));
+    for (int64_t i = 0; i < n; i += kLanes) store_some(wide + i, load_some(from + i, n - i), n - i);
+    return wide;
   }
 }
 
-static void order_row(const Mamba3Shape& s, const bfloat16* from, float* to, float* wide) {
-  for (int64_t n = 0; n < s.d_state; n += kLanes) {
-    store_some(wide + n, load_some(from + n, s.d_state - n), s.d_state - n);
-  }
-  order_row(s, wide, to);
-}
-static void order_row(const Mamba3Shape& s, const float* from, float* to, float*) { order_row(s, from, to); }
-
-// Rows of keys or queries: norm, weight, bias, rotation. `wide` has 2 N floats.
+// Rows of keys or queries: norm, weight, bias, rotation. `wide` has N floats.
 template <class T>
 static void key_rows(const Mamba3Shape& s, const T* raw, int64_t raw_stride, const float* inverse, const float* weight,
                      const float* bias, int64_t group, const float* cosine, const float* sine, int64_t tokens, float* to,
                      float* wide) {
   const int64_t N = s.d_state, A = s.angles, width = padded(A);
-  float* row = wide + N;
-  for (int64_t t = 0; t < tokens; ++t) {
+  for (int64_t t = 0; t < tokens; ++t, cosine += width, sine += width) {
     for (int64_t r = 0; r < s.ranks; ++r, to += N) {
       const int64_t at = r * s.groups + group;
-      order_row(s, raw + t * raw_stride + at * N, row, wide);
-      const float scale = inverse[t * s.ranks * s.groups + at];
+      const float* row = float_row(raw + t * raw_stride + at * N, N, wide);
       const float* shift = bias + r * N;
-      for (int64_t n = 0; n < N; ++n) to[n] = row[n] * scale * weight[n] + shift[n];
-      const float *c = cosine + t * width, *d = sine + t * width;
+      const float scale = inverse[t * s.ranks * s.groups + at];
+      for_lanes(s, [=](int64_t n, int64_t lane) { to[n] = row[lane] * scale * weight[n] + shift[n]; });
+#pragma GCC ivdep
       for (int64_t i = 0; i < A; ++i) {
         const float first = to[i], second = to[A + i];
-        to[i] = first * c[i] - second * d[i];
-        to[A + i] = first * d[i] + second * c[i];
+        to[i] = first * cosine[i] - second * sine[i];
+        to[A + i] = first * sine[i] + second * cosine[i];
       }
     }
   }
@@ -161,7 +161,7 @@ static void prefetch_head(const T* from, int64_t stride, int64_t token, int64_t 
 }
 
 // Everything of `run` for tokens [token, token + tokens) of `head`; `phase` moves to the last one.
-// Queries are left out when `queries` is false. `wide` has 2 N + P floats.
+// Queries are left out when `queries` is false. `wide` has N + P floats.
 template <class T>
 static void make_run(const Mamba3Inputs<T>& in, const HeadWeights& weights, int64_t head, int64_t token, int64_t tokens,
                      bool queries, double* phase, const Run& run, float* wide) {
@@ -179,7 +179,7 @@ static void make_run(const Mamba3Inputs<T>& in, const HeadWeights& weights, int6
     key_rows(s, in.c + token * in.c_stride, in.c_stride, in.inverse_c + token * norms, weights.c_weight,
              weights.c_bias, group, run.cosine, run.sine, tokens, run.q, wide);
   }
-  float* x = wide + 2 * s.d_state;
+  float* x = wide + s.d_state;
   for (int64_t t = 0; t < tokens; ++t) {
     widen_values(in.x + (token + t) * in.x_stride + head * P, P, x);
     for (int64_t r = 0; r < R; ++r) {

@@ -51,6 +51,17 @@ static void norm_rows(const Mamba3Shape& s, const T* raw, const float* weight, f
   }
 }
 
+template <bool half>
+static void rotate(float* key, int64_t second, int64_t angles, const float* cosine, const float* sine) {
+  constexpr int step = half ? 1 : 2;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < angles; ++i) {
+    const float u = key[step * i], w = key[step * i + second];
+    key[step * i] = u * cosine[i] - w * sine[i];
+    key[step * i + second] = u * sine[i] + w * cosine[i];
+  }
+}
+
 // The head's R keys (or queries): bias, then rotation.
 static void make_keys(const Mamba3Shape& s, int64_t head, const float* normed, const float* bias, const float* cosine,
                       const float* sine, float* to) {
@@ -62,11 +73,10 @@ static void make_keys(const Mamba3Shape& s, int64_t head, const float* normed, c
     for (int64_t n = 0; n < N; n += kLanes) {
       store_some(key + n, load_some(from + n, N - n) + load_some(shift + n, N - n), N - n);
     }
-    for (int64_t i = 0; i < s.angles; ++i) {
-      float &u = key[s.first_lane(i)], &w = key[s.second_lane(i)];
-      const float turned = u * cosine[i] - w * sine[i];
-      w = u * sine[i] + w * cosine[i];
-      u = turned;
+    if (s.half) {
+      rotate<true>(key, N / 2, s.angles, cosine, sine);
+    } else {
+      rotate<false>(key, 1, s.angles, cosine, sine);
     }
   }
 }
