@@ -1,0 +1,178 @@
+// Elementwise linear recurrence over time, forward and backward, real or complex.
+//
+//   h[t] = a[t] h[t-1] + x[t]                        a constant in time or one for each token
+//   g[t] = dh[t] + conj(a[t+1]) g[t+1],  dx = g,  da[t] = g[t] conj(h[t-1])
+//
+// It is bound by memory: a unit of work is one document times up to kBlock components (complex
+// channels are pairs of components), walked token by token, so that rows are read and written in long
+// runs and h[t-1] or g[t+1] is still in the first-level cache. Vectors run along components; a
+// complex product is two products with a shuffled copy. The gradient of a constant decay is summed per
+// document in runs of kRun tokens, then over runs, then over documents: the bits depend on no thread.
+#include <algorithm>
+#include <type_traits>
+
+#include "dispatch.h"
+#include "vec.h"
+
+namespace seqmodels {
+
+constexpr int64_t kBlock = 1024;  // components of a unit: 4 KiB of a row
+constexpr int64_t kRun = 64;
+
+// One document. Rows of x, h and their gradients have `row` components; null pointers: absent.
+struct Recurrence {
+  const float* decay;   // (row), or (tokens, row) when varying
+  const float* x;       // forward
+  float* h;             // states; read only in the backward
+  const float* initial_state;
+  float* final_state;   // forward
+  const float* grad_h;  // backward from here on
+  const float* grad_final_state;
+  float* grad_x;
+  float* grad_decay;    // (row), or (tokens, row) when varying
+  float* grad_initial_state;
+  int64_t row, length;
+  bool varying;
+};
+
+using RecurrenceKernel = void(const Recurrence&, int64_t first, int64_t last);
+
+SEQMODELS_DECLARE_KERNEL(RecurrenceKernel, recurrence_forward_real)
+SEQMODELS_DECLARE_KERNEL(RecurrenceKernel, recurrence_forward_complex)
+SEQMODELS_DECLARE_KERNEL(RecurrenceKernel, recurrence_backward_real)
+SEQMODELS_DECLARE_KERNEL(RecurrenceKernel, recurrence_backward_complex)
+
+namespace SEQMODELS_LEVEL {
+
+#if defined(__AVX512F__)
+#define SEQMODELS_SHUFFLE(v, a, b)                                                                            \
+  __builtin_shufflevector(v, v, a, b, 2 + a, 2 + b, 4 + a, 4 + b, 6 + a, 6 + b, 8 + a, 8 + b, 10 + a, 10 + b, \
+                          12 + a, 12 + b, 14 + a, 14 + b)
+#elif defined(__AVX2__)
+#define SEQMODELS_SHUFFLE(v, a, b) __builtin_shufflevector(v, v, a, b, 2 + a, 2 + b, 4 + a, 4 + b, 6 + a, 6 + b)
+#else
+#define SEQMODELS_SHUFFLE(v, a, b) __builtin_shufflevector(v, v, a, b, 2 + a, 2 + b)
+#endif
+
+SEQMODELS_INLINE Vec alternating(float even, float odd) {
+  Vec value;
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = lane % 2 ? odd : even;
+  return value;
+}
+
+// A factor as a product needs it: its real parts twice, and its imaginary parts with signs.
+template <bool Complex>
+struct Factor {
+  Vec real, imaginary;
+};
+
+template <bool Complex, bool Conjugate>
+SEQMODELS_INLINE Factor<Complex> factor(Vec value) {
+  if constexpr (!Complex) return {value, Vec{}};
+  const Vec signs = Conjugate ? alternating(1.0f, -1.0f) : alternating(-1.0f, 1.0f);
+  return {SEQMODELS_SHUFFLE(value, 0, 0), SEQMODELS_SHUFFLE(value, 1, 1) * signs};
+}
+
+template <bool Complex>
+SEQMODELS_INLINE Vec product(Factor<Complex> a, Vec value) {
+  if constexpr (!Complex) return a.real * value;
+  return a.real * value + a.imaginary * SEQMODELS_SHUFFLE(value, 1, 0);
+}
+
+// Calls body(component, lanes) for whole vectors, then for the rest.
+template <class Body>
+SEQMODELS_INLINE void for_lanes(int64_t first, int64_t last, Body body) {
+  int64_t c = first;
+  for (; c + kLanes <= last; c += kLanes) body(c, std::integral_constant<bool, true>{}, kLanes);
+  if (c < last) body(c, std::integral_constant<bool, false>{}, last - c);
+}
+
+template <class Full>
+SEQMODELS_INLINE Vec get(const float* from, Full, int64_t n) {
+  if constexpr (Full::value) return load(from);
+  return load(from, n);
+}
+
+template <class Full>
+SEQMODELS_INLINE void put(float* to, Vec value, Full, int64_t n) {
+  if constexpr (Full::value) return store(to, value);
+  store(to, value, n);
+}
+
+template <bool Complex>
+static void forward(const Recurrence& r, int64_t first, int64_t last) {
+  const float* before = r.initial_state;
+  for (int64_t t = 0; t < r.length; ++t) {
+    const float* decay = r.varying ? r.decay + t * r.row : r.decay;
+    const float* x = r.x + t * r.row;
+    float* h = r.h + t * r.row;
+    if (before) {
+      for_lanes(first, last, [&](int64_t c, auto full, int64_t n) __attribute__((always_inline)) {
+        const auto a = factor<Complex, false>(get(decay + c, full, n));
+        put(h + c, product(a, get(before + c, full, n)) + get(x + c, full, n), full, n);
+      });
+    } else {
+      std::copy(x + first, x + last, h + first);
+    }
+    before = h;
+  }
+  float* final_state = r.final_state;
+  if (before) {
+    std::copy(before + first, before + last, final_state + first);
+  } else {
+    std::fill(final_state + first, final_state + last, 0.0f);
+  }
+}
+
+template <bool Complex>
+static void backward(const Recurrence& r, int64_t first, int64_t last) {
+  float total[kBlock], run[kBlock];  // gradient of a constant decay
+  std::fill(total, total + kBlock, 0.0f);
+  std::fill(run, run + kBlock, 0.0f);
+  for (int64_t t = r.length - 1; t >= 0; --t) {
+    const bool ends = t + 1 == r.length;
+    const float* decay = r.varying ? r.decay + (t + 1) * r.row : r.decay;  // of the next token; not read at the end
+    const float* behind = ends ? r.grad_final_state : r.grad_x + (t + 1) * r.row;
+    const float* before = t > 0 ? r.h + (t - 1) * r.row : r.initial_state;
+    const float* grad_h = r.grad_h + t * r.row;
+    float* grad_x = r.grad_x + t * r.row;
+    float* grad_decay = r.varying ? r.grad_decay + t * r.row : nullptr;
+    for_lanes(first, last, [&](int64_t c, auto full, int64_t n) __attribute__((always_inline)) {
+      Vec g = get(behind + c, full, n);
+      if (!ends) g = product(factor<Complex, true>(get(decay + c, full, n)), g);
+      g += get(grad_h + c, full, n);
+      put(grad_x + c, g, full, n);
+      const Vec share = before ? product(factor<Complex, true>(get(before + c, full, n)), g) : Vec{};
+      if (grad_decay) {
+        put(grad_decay + c, share, full, n);
+      } else {
+        put(run + (c - first), get(run + (c - first), full, n) + share, full, n);
+      }
+    });
+    if (!r.varying && t % kRun == 0) {
+      for (int64_t c = 0; c < last - first; ++c) {
+        total[c] += run[c];
+        run[c] = 0.0f;
+      }
+    }
+  }
+  if (!r.varying) std::copy(total, total + (last - first), r.grad_decay + first);
+  if (!r.grad_initial_state) return;
+  for_lanes(first, last, [&](int64_t c, auto full, int64_t n) __attribute__((always_inline)) {
+    Vec g = get((r.length ? r.grad_x : r.grad_final_state) + c, full, n);
+    if (r.length) g = product(factor<Complex, true>(get(r.decay + c, full, n)), g);
+    put(r.grad_initial_state + c, g, full, n);
+  });
+}
+
+void recurrence_forward_real(const Recurrence& r, int64_t first, int64_t last) { forward<false>(r, first, last); }
+void recurrence_forward_complex(const Recurrence& r, int64_t first, int64_t last) { forward<true>(r, first, last); }
+void recurrence_backward_real(const Recurrence& r, int64_t first, int64_t last) { backward<false>(r, first, last); }
+void recurrence_backward_complex(const Recurrence& r, int64_t first, int64_t last) { backward<true>(r, first, last); }
+
+}  // namespace SEQMODELS_LEVEL
+}  // namespace seqmodels
+
+#if SEQMODELS_LAUNCHERS
+#include "linear_recurrence_launch.h"
+#endif
