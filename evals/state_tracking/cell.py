@@ -51,14 +51,18 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def build_model(cell: Cell, task: Task) -> LanguageModel:
-    """``blocks`` times the layer and the channel module, with an embedding and a head of unit variance."""
+def build_model(cell: Cell, device: str | None = None) -> LanguageModel:
+    """``blocks`` times the layer and the channel module, with an embedding and a head of unit variance.
+
+    Raises:
+        ValueError: arguments that the layer's constructor refuses.
+    """
     words = cell.layer if cell.channel is None else f"{cell.layer} {cell.channel}"
     layers = {cell.layer: cell.arguments}
     if cell.channel is not None:
         layers[cell.channel] = cell.channel_arguments
     config = ModelConfig(
-        vocab_size=task.vocab_size,
+        vocab_size=task_named(cell.task).vocab_size,
         d_model=cell.d_model,
         pattern=f"{cell.blocks}x({words})",
         layers=layers,
@@ -66,7 +70,7 @@ def build_model(cell: Cell, task: Task) -> LanguageModel:
         initialization=Initialization(embedding_std=1.0),
     )
     config.check_layers()
-    return LanguageModel(config)
+    return LanguageModel(config, device=device)
 
 
 def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: None) -> Outcome:
@@ -78,7 +82,7 @@ def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: Non
     began = time.monotonic()
     task, plan = task_named(cell.task), cell.training
     torch.manual_seed(cell.seed)
-    model = build_model(cell, task).to(cell.device)
+    model = build_model(cell).to(cell.device)  # drawn on the CPU: one seed, one start
     optimizer = make_optimizer(
         model, OptimizerConfig(learning_rate=cell.learning_rate, weight_decay=plan.weight_decay, betas=plan.betas)
     )

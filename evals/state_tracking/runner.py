@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import msgspec
 
 from evals.results import Results, read
-from evals.state_tracking.cell import Outcome
+from evals.state_tracking.cell import Outcome, build_model
 from evals.state_tracking.suites import Cell, Suite, grid_cells, more_seeds
 from evals.state_tracking.summary import Run, collect
 from seqmodels.tasks.state_tracking import scaled_accuracy, task_named
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "evals.state_tracking.cell")
 
 
 class Display(Protocol):
@@ -33,9 +34,15 @@ class Display(Protocol):
 
 
 def run(name: str, suite: Suite, results: Results, jobs: int, display: Display) -> tuple[list[Run], bool]:
-    """The grid of every arm, then more seeds at each arm's chosen point: the runs, and whether all finished."""
+    """The grid of every arm, then more seeds at each arm's chosen point: the runs, and whether all finished.
+
+    Raises:
+        ValueError: before anything is trained, arguments that a layer refuses.
+    """
     pool = _Pool(results, jobs, display)
     cells = grid_cells(name, suite)
+    for cell in cells:
+        build_model(cell, device="meta")
     display.plan(cells)
     found = pool.run(cells)
     later = []
@@ -116,9 +123,8 @@ class _Pool:
             if self.stopped:
                 return
             process = subprocess.Popen(
-                [sys.executable, "-m", "evals.state_tracking.cell"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                env=environment,
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                cwd=ROOT, env=environment,
             )  # fmt: skip
             self.processes.add(process)
         try:

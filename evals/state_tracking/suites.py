@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, load, nearest
 from seqmodels.models.arguments import layer_class
-from seqmodels.tasks.state_tracking import MIN_BRACKETS, generate, task_named
+from seqmodels.tasks.state_tracking import BRACKETS, MIN_BRACKETS, generate, task_named
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "state_tracking"
 TIME_STEP = ("dt_min", "dt_max")
@@ -161,8 +161,7 @@ def load_suite(name: str, tasks: Sequence[str] = (), arms: Sequence[str] = ()) -
     """``configs/state_tracking/NAME.yaml`` or the file ``NAME``, reduced to the tasks and arms named.
 
     Raises:
-        ValueError: unknown suite, task, arm or layer (with the nearest names), lengths too short for a task,
-            layer arguments that its constructor refuses.
+        ValueError: unknown suite, task, arm or layer (with the nearest names), lengths too short for a task.
     """
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
@@ -174,6 +173,8 @@ def load_suite(name: str, tasks: Sequence[str] = (), arms: Sequence[str] = ()) -
     )
     for task, plan in suite.tasks.items():
         _check_lengths(task, plan)
+    for arm in suite.arms.values():
+        layer_class(arm.layer)
     return suite
 
 
@@ -198,9 +199,9 @@ def _check_lengths(name: str, plan: TaskPlan) -> None:
     if training.validation_length < task.min_length:
         raise ConfigError(f"{name}: validation_length is {training.validation_length}; at least {task.min_length}")
     for length in plan.test_lengths:
-        if length < task.min_length:
-            raise ConfigError(f"{name}: test length {length} is too short; the shortest is {task.min_length}")
-        exists = int(generate(name, 1, length, max(length, MIN_BRACKETS), seed=0).lengths[0]) + task.unread
+        if length < max(task.min_length, MIN_BRACKETS if name == BRACKETS else 0):
+            raise ConfigError(f"{name}: test length {length} is too short")
+        exists = int(generate(name, 1, length, length, seed=0).lengths[0]) + task.unread
         if exists != length:
             raise ConfigError(f"{name}: no sequence has test length {length}; the nearest is {exists}")
     if not plan.test_lengths:
