@@ -81,34 +81,45 @@ static void make_keys(const Mamba3Shape& s, int64_t head, const float* normed, c
   }
 }
 
-// `Rows` rows of S, from row p: S <- decay S + columns rows, y_r = S q_r.
+// `Rows` rows of S, from row p: S <- decay S + columns rows; the lanes of
+// totals[r * kLanes + i] add up to S_{p + i} q_r.
 template <int Rows, int Ranks>
-static void update_rows(float* state, int64_t N, float decay, const float* columns, int64_t column_stride,
-                        const float* const* rows, const float* q, int64_t key_stride, int64_t p, float* y,
-                        int64_t y_stride) {
+SEQMODELS_INLINE void update_rows(float* state, int64_t N, float decay, const float* columns, int64_t column_stride,
+                                  const float* const* rows, const float* q, int64_t key_stride, int64_t p,
+                                  Vec* totals) {
   Vec total[Rows][Ranks] = {};
-  for (int64_t n = 0; n < N; n += kLanes) {
-    const int64_t left = N - n;
+  const auto part = [&](int64_t n, auto read, auto write) __attribute__((always_inline)) {
     Vec s[Rows];
 #pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) s[i] = load_some(state + (p + i) * N + n, left) * decay;
+    for (int i = 0; i < Rows; ++i) s[i] = read(state + (p + i) * N + n) * decay;
 #pragma GCC unroll 8
     for (int m = 0; m < 2 * Ranks; ++m) {
-      const Vec row = load_some(rows[m] + n, left);
+      const Vec row = read(rows[m] + n);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) s[i] += columns[m * column_stride + p + i] * row;
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) store_some(state + (p + i) * N + n, s[i], left);
+    for (int i = 0; i < Rows; ++i) write(state + (p + i) * N + n, s[i]);
 #pragma GCC unroll 4
     for (int r = 0; r < Ranks; ++r) {
-      const Vec query = load_some(q + r * key_stride + n, left);
+      const Vec query = read(q + r * key_stride + n);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) total[i][r] += s[i] * query;
     }
+  };
+  int64_t n = 0;
+  for (; n + kLanes <= N; n += kLanes) {
+    part(n, [](const float* from) { return load(from); }, [](float* to, Vec value) { store(to, value); });
   }
+  if (n < N) {
+    const int64_t left = N - n;
+    part(n, [left](const float* from) { return load(from, left); },
+         [left](float* to, Vec value) { store(to, value, left); });
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < Ranks; ++r) {
-    for (int i = 0; i < Rows; ++i) y[r * y_stride + p + i] = sum(total[i][r]);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) totals[r * kLanes + i] = total[i][r];
   }
 }
 
@@ -135,12 +146,17 @@ static void update_row(float* state, int64_t N, float decay, const float* column
 template <int Ranks>
 static void update(float* state, int64_t N, int64_t P, float decay, const float* columns, int64_t column_stride,
                    const float* const* rows, const float* q, int64_t key_stride, float* y, int64_t y_stride) {
+  Vec totals[Ranks * kLanes];
   int64_t p = 0;
-  for (; p + 4 <= P; p += 4) {
-    update_rows<4, Ranks>(state, N, decay, columns, column_stride, rows, q, key_stride, p, y, y_stride);
+  for (; p + kLanes <= P; p += kLanes) {  // outputs a vector at a time
+    for (int i = 0; i < kLanes; i += 4) {
+      update_rows<4, Ranks>(state, N, decay, columns, column_stride, rows, q, key_stride, p + i, totals + i);
+    }
+    for (int r = 0; r < Ranks; ++r) store(y + r * y_stride + p, sum_each<kLanes>(totals + r * kLanes));
   }
   for (; p < P; ++p) {
-    update_rows<1, Ranks>(state, N, decay, columns, column_stride, rows, q, key_stride, p, y, y_stride);
+    update_rows<1, Ranks>(state, N, decay, columns, column_stride, rows, q, key_stride, p, totals);
+    for (int r = 0; r < Ranks; ++r) y[r * y_stride + p] = sum(totals[r * kLanes]);
   }
 }
 

@@ -102,6 +102,35 @@ SEQMODELS_INLINE float sum(Vec value) {
   return lanes[0];
 }
 
+// Sums of neighbouring lanes: those of a in the first half, those of b in the second.
+SEQMODELS_INLINE Vec add_pairs(Vec a, Vec b) {
+#if !defined(__has_builtin) || !__has_builtin(__builtin_shufflevector)
+  float from[2 * kLanes], to[kLanes];
+  std::memcpy(from, &a, sizeof(a));
+  std::memcpy(from + kLanes, &b, sizeof(b));
+  for (int i = 0; i < kLanes; ++i) to[i] = from[2 * i] + from[2 * i + 1];
+  return load(to);
+#elif defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Lane i of the result is the sum of totals[i]: a tree, with about two shuffles for each sum.
+template <int count>
+SEQMODELS_INLINE Vec sum_each(const Vec* totals) {
+  if constexpr (count == 1) {
+    return totals[0];
+  } else {
+    return add_pairs(sum_each<count / 2>(totals), sum_each<count / 2>(totals + count / 2));
+  }
+}
+
 // e^x, within 2 units in the last place; 0 below -87.3 (no subnormal results), infinity above
 // 88.7, NaN for NaN. e^x = 2^n e^r with |r| <= ln(2)/2 and a degree-6 polynomial for e^r.
 SEQMODELS_INLINE Vec exp(Vec x) {
