@@ -1,4 +1,4 @@
-"""Scaled accuracy over length, one figure a task: thick is the median of the seeds, thin are the seeds."""
+"""Scaled accuracy over length, one figure a task: marked lines are medians of the seeds, thin ones are the seeds."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def draw(summaries: Sequence[ArmSummary], path: Path) -> None:
 
 def _panel(axes: Any, members: Sequence[ArmSummary]) -> None:
     for index, summary in enumerate(members):
-        color = f"C{index}"
+        # The first line is thin and on top, so that one that lies under it still shows.
+        style = {"color": f"C{index}", "zorder": 3 - 0.1 * index}
         lengths = list(summary.chosen[0].curve)
         for run in summary.chosen:
-            axes.plot(lengths, [run.curve[length] for length in lengths], color=color, lw=0.7, alpha=0.5)
+            axes.plot(lengths, [run.curve[length] for length in lengths], lw=0.7, alpha=0.5, **style)
         middle = [statistics.median(run.curve[length] for run in summary.chosen) for length in lengths]
-        axes.plot(lengths, middle, color=color, lw=2, marker="o", ms=3, label=summary.arm)
+        width = 1.6 if index == 0 else 4
+        axes.plot(lengths, middle, lw=width, alpha=0.8, marker="o", ms=width + 1, label=summary.arm, **style)
     trained = members[0].about["trained_length"]
     axes.axvline(trained, color="black", lw=0.8, ls="--")
-    axes.text(trained, 1.06, " trained up to here", fontsize=7, va="bottom", ha="center")
-    axes.set_ylim(-0.15, 1.05)
-    axes.legend(loc="center right" if members[0].median < 0.5 else "center left")
+    axes.text(trained, 0.3, "longest trained ", fontsize=7, ha="right", rotation=90, va="center")
+    axes.set_ylim(-0.15, 1.08)
+    axes.legend(loc="center left")

@@ -32,7 +32,11 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
         "",
         *markdown_table(
             ["source", "model", *TASKS],
-            ((source, name, *values) for source, table in SOURCES.items() for name, values in table.items()),
+            (
+                (source, name, *(f"{value:.3f}" for value in values))
+                for source, table in SOURCES.items()
+                for name, values in table.items()
+            ),
         ),
         "",
     ]
@@ -75,20 +79,27 @@ def _suite_page(suite: str, summaries: list[ArmSummary], target: Path) -> Iterat
 def _task(suite: str, task: str, summaries: list[ArmSummary], target: Path) -> Iterator[str]:
     name = f"{task}-{suite}.png"
     figures.draw(summaries, target / name)
-    length = max(summaries[0].chosen[0].curve)
+    length, cell = max(summaries[0].chosen[0].curve), summaries[0].about["cell"]
     header = [
         "arm", "parameters", "chosen point", f"at {length}: median of seeds", "every seed", "best run (runs)",
-        "published", "validation",
+        "published", f"validation at {cell['training']['validation_length']}",
     ]  # fmt: skip
     yield from (f"### {task}", "", f"![scaled accuracy over length]({name})", "")
     yield from markdown_table(header, map(_cells, summaries))
-    answers = summaries[0].chosen[0].row["config"]["cell"]["test_count"]
     yield from (
         "",
-        f"{answers} answers at each length. `dt` is the range a layer's time step starts in; layers without one had "
-        "another seed instead.",
+        f"{cell['test_count']} answers at each length. `dt` is the range a layer's time step starts in; layers without "
+        f"one had another seed instead. Every run at {length}, by grid point and seed:",
         "",
     )
+    yield from markdown_table(["arm", "point", "seeds"], (line for summary in summaries for line in _points(summary)))
+    yield ""
+
+
+def _points(summary: ArmSummary) -> Iterator[list[str]]:
+    for point in sorted({run.about["point"] for run in summary.runs}):
+        runs = sorted((run for run in summary.runs if run.about["point"] == point), key=lambda run: run.seed)
+        yield [summary.arm, point, ", ".join(f"{run.final:.3f}" for run in runs)]
 
 
 def _cells(summary: ArmSummary) -> list[str]:

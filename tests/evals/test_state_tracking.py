@@ -452,13 +452,15 @@ def test_report_from_rows_alone(tmp_path):
     written(tmp_path / "a", cells[:2], [outcome(0.5, test=(16, 8)), outcome()])
     written(tmp_path / "b", cells[2:], [outcome(test=(8, 8)), outcome(test=(8, 6))])
     page = write_report(tmp_path / "a", [tmp_path / "a", tmp_path / "b"]).read_text()
-    (line,) = (line for line in page.splitlines() if line.startswith("| mamba3 |"))
+    (line,) = (line for line in page.splitlines() if line.startswith("| mamba3 | 1,234 |"))
     cells_of_line = [part.strip() for part in line.strip("|").split("|")]
     assert cells_of_line == ["mamba3", "1,234", "lr=0.01,d=16,dt=wide", "1.000", "1.000", "1.000 (2)", "1.000", "1.000"]
     assert (tmp_path / "a" / "parity-tiny.png").stat().st_size > 5000
     assert "Control holds: tiny/parity/mamba3" in page
     assert "Not measured in this suite: modular_arithmetic, modular_arithmetic_brackets" in page
-    assert "| Grazzi et al. | sLSTM | 1.0 | 0.787 | 0.173 |" in page
+    assert "| Grazzi et al. | sLSTM | 1.000 | 0.787 | 0.173 |" in page
+    assert "| mamba3 | lr=0.01,d=16,dt=default | 0.000 |" in page
+    assert "| gated_conv | lr=0.01,d=16,dt=none | 0.000, -0.250 |" in page
 
 
 def test_published_rows_named_by_arms_exist():
