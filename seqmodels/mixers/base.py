@@ -47,6 +47,8 @@ class Mixer(nn.Module):
     """
 
     causality: ClassVar[Causality] = "causal"
+    #: False for a layer that convolves by FFT: each output holds rounding errors of later tokens too.
+    exactly_causal: ClassVar[bool] = True
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {}
     #: Parameters whose output is added to the residual stream: a model's depth-scaled initialisation shrinks them.
     residual_outputs: ClassVar[tuple[str, ...]] = ("out_proj.weight",)

@@ -33,8 +33,9 @@ def causality(
     """Law 3: what comes from token t on leaves outputs before t as they were.
 
     Changed to rounding only when x changes from t on (the order of a sum may depend on shapes),
-    and the gradient of each output to later inputs is exactly zero. In prefix layers t lies behind the
-    prefix of ``prefix`` tokens. Bidirectional layers are exempt.
+    and the gradient of each output to later inputs is exactly zero; within rounding of the whole gradient
+    where the layer says ``exactly_causal = False``. In prefix layers t lies behind the prefix of
+    ``prefix`` tokens. Bidirectional layers are exempt.
     Bound: :func:`~seqmodels.testing.violation.exact_bound`.
     """
     if layer.causality == "bidirectional":
@@ -51,7 +52,12 @@ def causality(
         check_close(f"x changed from token {t} on", {"y before": other[:, :t]}, {"y before": y[:, :t]}, bound)
         seen = y[:, :t]
         (gradient,) = torch.autograd.grad((seen * torch.randn_like(seen)).sum(), x, retain_graph=True)
-        check_exactly_zero(f"from outputs before token {t} to inputs from it on", gradient[:, t:])
+        where = f"from outputs before token {t} to inputs from it on"
+        if getattr(layer, "exactly_causal", True):
+            check_exactly_zero(where, gradient[:, t:])
+        else:
+            leak, size = gradient[:, t:].abs().max().item(), gradient.abs().max().item()
+            require(leak <= bound * size, f"{where}: the gradient is {leak:.3g}; bound {bound * size:.3g}")
 
 
 @law
