@@ -84,12 +84,11 @@ def backward(
         grad_kernel[..., :taps] += found[..., :taps]
         if grad_reverse is not None:
             grad_reverse[..., :reverse_taps] += found.flip(-1)[..., :reverse_taps]
-    empty = grad.new_empty(0)
     return (
         _grid(grad_x, x, tuple(x.shape)),
         grad_kernel.to(kernel.dtype),
-        empty if reverse_kernel is None or grad_reverse is None else grad_reverse.to(reverse_kernel.dtype),
-        empty if initial_state is None or grad_state is None else grad_state.to(initial_state.dtype),
+        grad.new_empty(0) if reverse_kernel is None or grad_reverse is None else grad_reverse.to(reverse_kernel.dtype),
+        grad.new_empty(0) if initial_state is None or grad_state is None else grad_state.to(initial_state.dtype),
     )
 
 
