@@ -53,7 +53,8 @@ def _tensors(
         "log_decay": -draw(batch, length, heads).abs() * 0.1 if log_decay else None,
         "past_weight": draw(batch, length, heads).abs() if past else None,
         "diagonal_weight": draw(batch, length, heads).abs() if diagonal else None,
-        "initial_state": draw(documents, heads, key_dim, value_dim + normalize).abs() * 0.3,
+        # A transposed view, as Mamba-3 passes it: kernels must not take it for contiguous.
+        "initial_state": 0.3 * draw(documents, heads, value_dim + normalize, key_dim).abs().transpose(-1, -2),
     }  # fmt: skip
     return tensors, layout, normalize
 
@@ -152,7 +153,7 @@ def test_step_against_definition(case):
     found = {}
     for backend, dtype in (("reference", torch.float64), ("torch", torch.float32), ("triton", torch.float32)):
         args = {name: None if x is None else x.to(dtype) for name, x in tensors.items()}
-        state, outputs = args.pop("initial_state").clone(), []
+        state, outputs = args.pop("initial_state").contiguous(), []
         with seqmodels.backend(backend):
             for t in range(2):
                 token = {name: None if x is None else x[:, t] for name, x in args.items()}

@@ -120,7 +120,8 @@ def backward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     problem = _problem(v, log_decay, past_weight, diagonal_weight, starts, lengths, epsilon)
     width = (q.shape[-1], v.shape[-1] + normalize)
-    grad_y, grad_state = grad_y.contiguous(), grad_state.float().contiguous()
+    grad_y, grad_state = grad_y.contiguous(), grad_state.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
     lane = None
     if normalize:
         total = denominator if starts is None else torch.where(denominator == 0, 1.0, denominator)

@@ -246,6 +246,7 @@ _operator = Operator(
         "reference": f"{_PACKAGE}.reference",
         "torch": f"{_PACKAGE}.torch",
         "cpu": f"{_PACKAGE}.cpu",
+        "triton": f"{_PACKAGE}.triton",
     },
     differentiable=tuple(range(22)),
 )
