@@ -14,6 +14,7 @@ from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_divid
 from seqmodels.ops.linear_attention import linear_attention, linear_attention_step
 from seqmodels.ops.registration import state_dtype
 from seqmodels.ops.short_conv import short_conv, short_conv_step
+from seqmodels.ops.token_linear import apply_linear
 from seqmodels.state import State
 
 EPSILON = 1e-5
@@ -121,14 +122,14 @@ class Mamba2(Mixer):
         groups = (self.num_groups, self.d_state)
         return x.unflatten(-1, (self.num_heads, self.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
 
-    def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Skip, gate, norm over each group's heads, and the output projection."""
+    def _normed(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """Skip, gate, and norm over each group's heads."""
         wide = state_dtype(z.dtype)
         y = y.to(wide) + self.D.to(wide)[:, None] * x.to(wide)
         gated = y.flatten(-2) * F.silu(z.to(wide))
         grouped = gated.unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(grouped, grouped.shape[-1:], eps=EPSILON).flatten(-2) * self.norm.weight.to(wide)
-        return self.out_proj(normed.to(z.dtype))
+        return normed.to(z.dtype)
 
     def forward(
         self,
@@ -162,16 +163,16 @@ class Mamba2(Mixer):
             initial_state=None if state is None else state.ssm,
             layout=layout,
         )
-        return MixerOutput(self._output(y, values, z), Mamba2State(conv, ssm) if return_state else None)
+        return MixerOutput(self.out_proj(self._normed(y, values, z)), Mamba2State(conv, ssm) if return_state else None)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: Mamba2State) -> Tensor:
-        z, mixed, raw_dt = self.in_proj(x_t).split((self.inner, self.conv_width, self.num_heads), dim=-1)
+        z, mixed, raw_dt = apply_linear(self.in_proj, x_t).split((self.inner, self.conv_width, self.num_heads), dim=-1)
         mixed = short_conv_step(mixed, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.conv, activation="silu")
         values, b, c = self._heads(mixed)
         dt, log_decay = self._decay(raw_dt)
         y = linear_attention_step(c, b, values, log_decay, state.ssm, past_weight=dt, diagonal_weight=dt)
-        return self._output(y, values, z)
+        return apply_linear(self.out_proj, self._normed(y, values, z))
 
     def init_state(
         self,

@@ -13,6 +13,7 @@ from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_divid
 from seqmodels.ops.mamba3 import A_ACTIVATIONS, PAIRINGS, ROTATIONS, Mamba3State, Projection, mamba3, mamba3_step
 from seqmodels.ops.mamba3.op import state_shapes
 from seqmodels.ops.registration import state_dtype
+from seqmodels.ops.token_linear import apply_linear
 
 A_FLOOR = 1e-4
 EPSILON = 1e-5
@@ -185,7 +186,7 @@ class Mamba3(Mixer):
     @torch.no_grad()
     def step(self, x_t: Tensor, state: Mamba3State) -> Tensor:
         y = mamba3_step(
-            self.in_proj(x_t),
+            apply_linear(self.in_proj, x_t),
             state,
             self.projection,
             dt_bias=self.dt_bias,
@@ -193,7 +194,7 @@ class Mamba3(Mixer):
             pairing=self.pairing,
             epsilon=EPSILON,
         )
-        return self.out_proj(y)
+        return apply_linear(self.out_proj, y)
 
     def init_state(
         self,
