@@ -72,7 +72,7 @@ def backward(
         history, taps, reverse_taps, size = _sizes(group, kernel, reverse_kernel, initial_state)
         grad_GRCF = rfft(_outputs(grad, group, history, size, compute))
         spectrum_RCF = _kernel_spectrum(kernel, reverse_kernel, taps, reverse_taps, size, compute)
-        values = irfft((grad_GRCF * spectrum_RCF.conj()).sum(1), n=size)
+        values = irfft((grad_GRCF * spectrum_RCF.conj_physical()).sum(1), n=size)
         after = values[..., history : history + group.length].transpose(1, 2)
         grad_x = _place(grad_x, group, after, batch_size * length)
         if grad_state is not None:
@@ -80,7 +80,7 @@ def backward(
             rows = slice(None) if group.slot is None else group.slot
             grad_state[rows] = before
         x_GCF = rfft(_inputs(x, initial_state, group, size, compute))
-        found = irfft((grad_GRCF * x_GCF.conj()[:, None]).sum(0), n=size)
+        found = irfft((grad_GRCF * x_GCF.conj_physical()[:, None]).sum(0), n=size)
         grad_kernel[..., :taps] += found[..., :taps]
         if grad_reverse is not None:
             grad_reverse[..., :reverse_taps] += found.flip(-1)[..., :reverse_taps]
