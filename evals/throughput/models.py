@@ -40,9 +40,10 @@ def build(case: Case, device: torch.device) -> Problem:
 def _rivals(case: Case, device: torch.device) -> Iterator[Any]:
     made = {"device": device, "dtype": case.torch_dtype}
     other = {"same_function": False}
-    if case.layer == "mamba2":
+    if case.layer in ("mamba2", "mamba3"):
+        omits = "its own random weights" if case.layer == "mamba2" else "Mamba-2: no rotation, no trapezoid"
         for chunk in (64, 256):
-            facts = {**other, "omits": "the same architecture with its own random weights"}
+            facts = {**other, "omits": omits}
             yield f"HF Mamba-2 chunk {chunk}", lambda chunk=chunk: _HuggingFaceMamba2(case, chunk).to(**made), facts
     if case.layer != "attention":
         facts = {**other, "omits": "softmax attention of the same width and depth, not the same function"}

@@ -99,6 +99,11 @@ def _cpu() -> Iterator[Case]:
         yield _layer(name, "forward", float32, 1, 4096, 512, 0)
         yield _layer(name, "forward+backward", float32, 1, 1024, 512, 0)
     small = {"d_model": 512, "layers": 2, "vocab_size": 1024}
+    # Late, because its slowest rival takes most of a minute for one sample: batch 4 at length 4096.
+    for batch, length, priority in ((1, 1024, 0), (1, 4096, 1), (4, 1024, 1), (4, 4096, 6)):
+        for mode in ("forward+backward", "prefill"):
+            yield _model("mamba3", mode, float32, batch, length, small, priority)
+    yield _model("mamba3", "prefill", "bfloat16", 1, 4096, small, 3)
     for name in ("mamba2", "mamba3", "attention"):
         for batch in (1, 4, 16):
             yield _model(name, "decode", float32, batch, 1024, small, 1)
