@@ -153,10 +153,46 @@ def _mamba3_case(draw: Draw, *, ranks: int, state: int, packed: bool) -> Argumen
     )
 
 
+def _linear_recurrence(draw: Draw) -> list[Arguments]:
+    starts, lengths = draw.documents()
+    grid = (draw.batch, draw.length)
+    found: list[Arguments] = []
+    for channels, tail, varying, packed in ((37, (2,), False, False), (5, (2,), True, True), (40, (), True, False)):
+        decay = torch.tanh(draw.wide(*(grid if varying else ()), channels, *tail)) * 0.7
+        state = draw.wide(len(starts) if packed else draw.batch, channels, *tail)
+        documents = (starts, lengths) if packed else (None, None)
+        found.append((decay, draw.wide(*grid, channels, *tail), state, *documents))
+    return found
+
+
+def _exponents(draw: Draw, heads: int, states: int) -> Tensor:
+    """Half-lives from a few tokens to hundreds, phases of many turns a token."""
+    decay = -0.2 * torch.sigmoid(4 * draw.wide(heads, states))
+    return torch.stack((decay, draw.wide(heads, states, scale=30)), -1)
+
+
+def _vandermonde(draw: Draw) -> list[Arguments]:
+    sizes = ((2, 3, 20), (1, 2, 64))
+    return [
+        (_exponents(draw, heads, states), draw.wide(rows, heads, states, 2), draw.length, 2.0)
+        for rows, heads, states in sizes
+    ]
+
+
+def _vandermonde_adjoint(draw: Draw) -> list[Arguments]:
+    sizes = ((2, 3, 20), (1, 2, 64))
+    return [
+        (_exponents(draw, heads, states), draw.wide(rows, heads, draw.length)) for rows, heads, states in sizes
+    ]
+
+
 EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
+    "linear_recurrence": _linear_recurrence,
     "short_conv": _short_conv,
     "short_conv_step": _short_conv_step,
     "mamba3": _mamba3,
+    "vandermonde": _vandermonde,
+    "vandermonde_adjoint": _vandermonde_adjoint,
 }

@@ -18,7 +18,7 @@ from seqmodels.ops.kernels import choosing_tiles
 from seqmodels.ops.registration import OPERATORS
 from seqmodels.testing.guarded import run_guarded
 
-for _name in ("linear_attention", "mamba3", "short_conv"):
+for _name in ("linear_attention", "linear_recurrence", "mamba3", "short_conv", "vandermonde"):
     importlib.import_module(f"seqmodels.ops.{_name}")  # registers its operators
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import seqmodels.ops.linear_attention
+import seqmodels.ops.linear_recurrence
 import seqmodels.ops.mamba3
-import seqmodels.ops.short_conv  # noqa: F401  (registers the ops)
+import seqmodels.ops.short_conv
+import seqmodels.ops.vandermonde  # noqa: F401  (registers the ops)
 from seqmodels import backends
 from seqmodels.ops import canary
 from seqmodels.ops.examples import EXAMPLES, Draw
