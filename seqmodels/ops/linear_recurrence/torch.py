@@ -58,7 +58,7 @@ def backward(
     states: Tensor,
     final_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    a, h = numbers_of(decay, x).conj().resolve_conj(), numbers_of(states, x)
+    a, h = numbers_of(decay, x).conj_physical(), numbers_of(states, x)
     state = None if initial_state is None else numbers_of(initial_state, x)
     incoming, at_end = numbers_of(grad_h, x), numbers_of(grad_final, x)
     constant = decay.dim() != x.dim()
@@ -82,14 +82,14 @@ def backward(
         first_D, used_D1 = starts.clamp(max=h.shape[0] * h.shape[1] - 1), (lengths > 0).unsqueeze(-1)
         first_decay = a if constant else a.flatten(0, 1)[first_D]
         grad_state = torch.where(used_D1, first_decay * g.flatten(0, 1)[first_D], at_end)
-    grad_decay = g * before.conj()
+    grad_decay = g * before.conj_physical()
     if constant:
         grad_decay = grad_decay.sum((0, 1))
     elif starts is not None:
         grad_decay = torch.where(table.valid.unsqueeze(-1), grad_decay, 0)
-    found = [components_of(value.resolve_conj()).contiguous() for value in (grad_decay, g)]
+    found = [components_of(value).contiguous() for value in (grad_decay, g)]
     empty = grad_h.new_empty(0)
-    return found[0], found[1], empty if initial_state is None else components_of(grad_state.resolve_conj())
+    return found[0], found[1], empty if initial_state is None else components_of(grad_state)
 
 
 def _next(a: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def kernel(z: Tensor, weight: Tensor, length: int, scale: float) -> Tensor:
     for block, outer_HAN, inner_HMN in _factors(z, rows, length, numbers.dtype):
         inner = _pairs(inner_HMN)
         left_HRAN = numbers[:, block].transpose(0, 1)[:, :, None] * outer_HAN[:, None]
-        product = torch.matmul(_pairs(left_HRAN.conj().resolve_conj()).flatten(1, 2), inner.transpose(1, 2))
+        product = torch.matmul(_pairs(left_HRAN.conj_physical()).flatten(1, 2), inner.transpose(1, 2))
         product = product.view(inner.shape[0], rows, -1)[..., :length].transpose(0, 1)
         torch.mul(product, scale, out=result[:, block])
     return result
