@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="exit status: 0, 1 when a control fails or a cell could not be run, 2 for wrong arguments",
     )
-    parser.add_argument("--suite", metavar="cpu|paper|FILE", help="of configs/state_tracking, or a YAML file")
+    parser.add_argument("--suite", metavar="NAME|FILE", help="cpu, cpu-arithmetic, paper, or a YAML file")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     parser.add_argument("--jobs", type=int, help="cells at a time, a thread each; 2 on a CPU, 1 on a GPU unless given")

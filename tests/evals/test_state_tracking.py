@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -12,12 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from evals.results import Results, read
 from evals.state_tracking import cell as cell_module
 from evals.state_tracking import runner
 from evals.state_tracking.__main__ import main
 from evals.state_tracking.cell import Outcome
+from evals.state_tracking.display import LiveTable
 from evals.state_tracking.published import SOURCES, published
 from evals.state_tracking.report import write_report
 from evals.state_tracking.suites import FOLDER, Cell, Suite, grid_cells, load_suite, more_seeds
@@ -469,6 +472,27 @@ def test_published_rows_named_by_arms_exist():
         assert {arm["published"] for arm in load_yaml(file)["arms"].values() if "published" in arm} <= names
     assert published("Mamba-3", "modular_arithmetic") == 0.9851
     assert published(None, "parity") is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_shown(tmp_path, terminal):
+    _, cells = tiny(tmp_path)
+    results = written(tmp_path / "out", cells[:1], [outcome(test=(16, 12))])
+    run = collect(read(results.path))[cells[0].digest]
+    text = io.StringIO()
+    with LiveTable(Console(file=text, force_terminal=terminal, width=160)) as display:
+        display.plan(cells)
+        display.progress(cells[1], {"step": 2, "steps": 4, "loss": 0.25, "validation": 0.75})
+        display.done(cells[0], run, kept=False)
+        display.failed(cells[2], "RuntimeError: broken")
+    shown = text.getvalue()
+    assert "0.500 at 12" in shown
+    assert "failed: RuntimeError: broken" in shown
+    if terminal:
+        assert "2 of 4 cells" in shown
+        assert "step 2 of 4: accuracy 0.750 (validation), loss 0.250" in shown
+    else:
+        assert shown.count("\n") == 2
 
 
 # The command
