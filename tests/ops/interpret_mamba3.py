@@ -8,7 +8,7 @@ from mamba3_inputs import cut, make_inputs, make_state
 
 import seqmodels
 from seqmodels import Layout
-from seqmodels.ops.mamba3 import mamba3
+from seqmodels.ops.mamba3 import Projection, mamba3, mamba3_step
 
 SMALL = dict(batch_size=1, length=35, heads=2, head_dim=8, d_state=16, groups=1, angles=4, dt_scale=0.5)
 CASES = {
@@ -95,3 +95,42 @@ def test_any_cut_leaves_a_decode_state(at):
     torch.testing.assert_close(torch.cat([head, tail], 1), whole, rtol=1e-4, atol=1e-4)
     for (_, left), (_, right) in zip(after.canonical().tensors(), end.canonical().tensors(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pairing", "activation", "rotation", "trapezoid", "d_state"),
+    [
+        (None, "adjacent", "heavy_tail", "data_dependent", True, 16),
+        (4, "half", "softplus", "data_dependent", True, 16),
+        (3, "half", "heavy_tail", "fixed", True, 12),
+        (None, "adjacent", "heavy_tail", "none", False, 10),
+    ],
+)
+def test_steps_against_definition(ranks, pairing, activation, rotation, trapezoid, d_state):
+    angles = 0 if rotation == "none" else 4
+    inputs = make_inputs(
+        batch_size=2, length=6, heads=2, head_dim=6, d_state=d_state, groups=1, ranks=ranks, angles=angles,
+        norm=ranks is not None,
+    )  # fmt: skip
+    projection = Projection(2, 6, d_state, 1, ranks or 1, angles, activation, 1e-4, rotation, trapezoid)
+    names = ("b_weight", "c_weight", "b_bias", "c_bias", "skip", "mimo_x", "mimo_z", "mimo_o", "norm_weight")
+    generator = torch.Generator().manual_seed(3)
+    projected = torch.randn(2, 6, sum(projection.widths), generator=generator, dtype=torch.float64)
+    dt_bias = torch.randn(2, generator=generator, dtype=torch.float64)
+    found = {}
+    for backend, dtype in (("reference", torch.float64), ("torch", torch.float32), ("triton", torch.float32)):
+        weights = {name: inputs[name].to(dtype) for name in names if name in inputs}
+        state = make_state(inputs).map(lambda tensor, dtype=dtype: tensor.to(dtype))
+        places = [tensor.data_ptr() for _, tensor in state.tensors()]
+        with seqmodels.backend(backend):
+            out = [
+                mamba3_step(
+                    projected[:, t].to(dtype), state, projection, dt_bias=dt_bias.to(dtype), pairing=pairing, **weights
+                )
+                for t in range(6)
+            ]
+        assert places == [tensor.data_ptr() for _, tensor in state.tensors()]
+        found[backend] = {"out": torch.stack(out), **dict(state.canonical().tensors())}
+    for name, value in found["reference"].items():
+        bound = 2 * _error(found["torch"][name], value) + 8 * torch.finfo(torch.float32).eps
+        assert _error(found["triton"][name], value) <= bound, name

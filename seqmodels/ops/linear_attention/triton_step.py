@@ -72,6 +72,8 @@ def _step(
             if NORMALIZE:
                 y /= total
             tl.store(output + rank * heads * VALUE_DIM + values, y, mask=value_ok)
+        # A thread may hold a copy of what another one writes: all have read before any writes.
+        tl.debug_barrier()
         tl.store(tile_at, new, mask=tile_ok)
     if NORMALIZE:
         for rank in tl.static_range(RANK):

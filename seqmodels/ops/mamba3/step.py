@@ -88,5 +88,6 @@ _operator = Operator(
     "str a_activation, float a_floor, str rotation, bool trapezoid, float epsilon",
     outputs=1,
     fake=_fake,
-    modules={name: f"{_PACKAGE}.step_{name}" for name in ("reference", "torch", "cpu")},
+    modules={name: f"{_PACKAGE}.step_{name}" for name in ("reference", "torch", "cpu")}
+    | {"triton": f"{_PACKAGE}.triton_step"},
 )

@@ -302,6 +302,7 @@ def _phase_backward(
     tl.store(grad_rate + rate_at, rate_sum, mask=mask)
 
 
+# All kernels cut the same chunks, so every tile has the same BLOCK_T.
 _DOCUMENTS = {"starts": "*i64", "lengths": "*i64", "length": "i64", "chunks": "i64"}
 _PHASE = {"before": "*fp64", "phase_step": "*fp32", "rate": "*fp32"}
 _WEIGHTS = dict.fromkeys(("b_weight", "c_weight", "b_bias", "c_bias"), "*fp32")
@@ -328,7 +329,7 @@ FORWARD = KernelSpec(
         "b": "*{dtype}", "c": "*{dtype}", **_PHASE, **_WEIGHTS, "k": "*{dtype}", "q": "*{dtype}", **_DOCUMENTS,
         "epsilon": "fp32",
     },
-    tiles=(Tile({"BLOCK_T": 16}, num_warps=4, num_stages=1),),
+    tiles=(Tile({"BLOCK_T": 16}, num_warps=8, num_stages=1),),
     variants=_VARIANTS,
 )
 BACKWARD = KernelSpec(
@@ -383,7 +384,10 @@ class Prologue(torch.autograd.Function):
         chunks = triton.cdiv(length, tile.constants["BLOCK_T"])
         grid = (documents * chunks * heads,)
         totals = torch.empty((documents, chunks, heads, angles), dtype=torch.float64, device=b.device)
-        _totals[grid](phase_step, rate, totals, starts, lengths, length, chunks, **phase_constants, **tile.launch())
+        totals_tile = TOTALS.tile(device, phase_constants, "fp32")
+        _totals[grid](
+            phase_step, rate, totals, starts, lengths, length, chunks, **phase_constants, **totals_tile.launch()
+        )
         # (documents, 1, heads, angles), and of every chunk: the phase before it
         start = 0.0 if initial_angle is None else initial_angle.double()[:, None]
         through = totals.cumsum(1) + start
@@ -414,7 +418,8 @@ class Prologue(torch.autograd.Function):
         bias_parts = [b.new_empty((slots, heads, ranks, state), dtype=torch.float32) for _ in "bc"]
         grad_phase = b.new_empty((*phase_step.shape, angles), dtype=torch.float32)
         grad_total = torch.empty_like(before)
-        tile = BACKWARD.tile(device_properties(b.device.index), constants, dtype_name(b.dtype))
+        device = device_properties(b.device.index)
+        tile = BACKWARD.tile(device, constants, dtype_name(b.dtype))
         _backward[(slots * groups,)](
             b, c, before, phase_step, rate, *weights, grad_k.contiguous(), grad_q.contiguous(),
             grad_b, grad_c, *weight_parts, *bias_parts, grad_phase, grad_total,
@@ -422,9 +427,10 @@ class Prologue(torch.autograd.Function):
         )  # fmt: skip
         through = grad_total.flip(1).cumsum(1).flip(1) + grad_angle.double()[:, None]
         phase_constants = {name: constants[name] for name in ("HEADS", "ANGLES", "HALF")}
+        phase_tile = PHASE_BACKWARD.tile(device, phase_constants, "fp32")
         _phase_backward[(slots,)](
             grad_phase, through - grad_total, phase_step, rate, grad_step, grad_rate, starts, lengths, length, chunks,
-            **phase_constants, **tile.launch(),
+            **phase_constants, **phase_tile.launch(),
         )  # fmt: skip
         grad_weights = [part.sum((0, 1)) for part in weight_parts] + [part.sum(0) for part in bias_parts]
         grad_initial = through[:, 0].float() if has_initial else None
