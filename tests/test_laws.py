@@ -40,7 +40,26 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "mimo without rotation": dict(d_state=8, head_dim=8, mimo_rank=3, rotation="none"),
         "half softplus": dict(d_state=8, head_dim=8, pairing="half", a_activation="softplus"),
     },
+    "s4d": {
+        "plain": dict(d_state=8),
+        "bilinear channels": dict(
+            d_state=8, init="lin", discretization="bilinear", real_part="softplus", n_ssm=4, channels=2,
+            dt_activation="softplus",
+        ),
+        "softmax": dict(d_state=4, init="real", real_part="relu", discretization="softmax", softmax_length=64),
+        "bidirectional": dict(d_state=8, init="ptd", bidirectional=True, channels=2, dt_max=1.0),
+    },
+    "s4_ptd": {
+        "plain": dict(d_state=8),
+        "random": dict(d_state=8, perturbation="random", train_b=True, real_part="free", n_ssm=2),
+    },
+    "s5": {
+        "plain": dict(d_state=8),
+        "convolution": dict(d_state=16, num_blocks=2, mode="convolution", activation="half_glu2", init="ptd"),
+        "bidirectional": dict(d_state=8, bidirectional=True, activation="full_glu", real_part="clip", rate=2.0),
+    },
     "swiglu": {"plain": dict(multiple_of=8)},
+    "glu": {"plain": dict(), "half": dict(gate="half_glu2", dropout=0.1, dropout_tied=True)},
     "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ CHANNELS = Registry(
     {
         "swiglu": "seqmodels.channel.swiglu:SwiGLU",
         "mlp": "seqmodels.channel.mlp:MLP",
+        "glu": "seqmodels.channel.glu:GLU",
     },
 )
 register_channel = CHANNELS.register

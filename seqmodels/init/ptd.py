@@ -56,11 +56,11 @@ def objective(perturbation: Tensor, a: Tensor, weight: float) -> tuple[float, Te
 
 
 def descend(size: int, settings: Settings, seed: int) -> Tensor:
-    """E (size, size) after one start: Adam from -U[0, 0.03 N), rate 0.003 N decaying to a hundredth of it."""
+    """E (size, size) after one start of Adam."""
     a, _ = legs(size)
     uniform = torch.rand(size, size, dtype=a.dtype, device="cpu", generator=torch.Generator().manual_seed(seed))
-    perturbation = torch.nn.Parameter(-0.03 * size * uniform)
-    optimizer = torch.optim.Adam([perturbation], lr=0.003 * size)
+    perturbation = torch.nn.Parameter(-settings.initial_size * size * uniform)
+    optimizer = torch.optim.Adam([perturbation], lr=settings.learning_rate * size)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / settings.steps))
     for _ in range(settings.steps):
         _, perturbation.grad = objective(perturbation.detach(), a, settings.weight)

@@ -10,6 +10,8 @@ class Settings(NamedTuple):
 
     Attributes:
         weight: beta in log kappa(V) + beta ||E||_F / ||A||_F.
+        initial_size: E starts uniform in (-initial_size * N, 0].
+        learning_rate: of Adam, times N; decays to a hundredth of it.
         steps: gradient steps of each start.
         starts: random starts; the best accepted one is kept.
         target_error: largest sup |G - G_LegS| (C = e_0) that is accepted.
@@ -17,6 +19,8 @@ class Settings(NamedTuple):
     """
 
     weight: float = 100.0
+    initial_size: float = 0.03
+    learning_rate: float = 0.003
     steps: int = 1000
     starts: int = 4
     target_error: float = 0.2
@@ -24,13 +28,17 @@ class Settings(NamedTuple):
 
 
 def default_settings(size: int) -> Settings:
-    """Below N = 16 the eigenvectors are so much better that a larger E is not worth its error."""
-    return Settings(weight=25.0, steps=3000) if size < 16 else Settings()
+    """Small systems afford a larger E; large ones need smaller steps, or they end at unstable spectra."""
+    if size < 16:
+        return Settings(weight=25.0, steps=3000)
+    if size <= 64:
+        return Settings()
+    return Settings(weight=200.0, initial_size=0.015, learning_rate=0.00075, steps=2000)
 
 
 def check_settings(settings: Settings) -> None:
     """Refuses settings out of range by name."""
-    for name in ("weight", "target_error"):
+    for name in ("weight", "target_error", "initial_size", "learning_rate"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"Settings: {name} is {getattr(settings, name)!r}; expected a positive number")
     for name in ("steps", "starts"):

@@ -14,6 +14,9 @@ MIXERS = Registry(
         "gated_conv": "seqmodels.mixers.gated_conv:GatedConv",
         "mamba2": "seqmodels.mixers.mamba2:Mamba2",
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",
+        "s4d": "seqmodels.mixers.s4d:S4D",
+        "s4_ptd": "seqmodels.mixers.s4_ptd:S4PTD",
+        "s5": "seqmodels.mixers.s5:S5",
     },
 )
 register_mixer = MIXERS.register
