@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from seqmodels.channel.base import TokenwiseChannel
 from seqmodels.mixers.base import check_positive
+from seqmodels.ops.token_linear import apply_linear
+from seqmodels.state import EmptyState
 
 
 def _squared_relu(x: Tensor) -> Tensor:
@@ -82,14 +84,21 @@ class MLP(TokenwiseChannel):
         self.out_proj = nn.Linear(d_hidden, d_model, bias=bias, device=device, dtype=dtype)
 
     def transform(self, x: Tensor) -> Tensor:
-        hidden = self.in_proj(x)
+        return self._map(x, lambda linear, value: linear(value))
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: EmptyState) -> Tensor:
+        return self._map(x_t, apply_linear)
+
+    def _map(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        hidden = apply(self.in_proj, x)
         activate = ACTIVATIONS[self.activation]
         if self.gated:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = activate(gate) * up
         else:
             hidden = activate(hidden)
-        return self.out_proj(hidden)
+        return apply(self.out_proj, hidden)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, d_hidden={self.d_hidden}, activation={self.activation!r}, gated={self.gated}"
