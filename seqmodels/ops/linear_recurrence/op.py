@@ -136,7 +136,7 @@ _operator = Operator(
     "Tensor decay, Tensor x, Tensor? initial_state, Tensor? starts, Tensor? lengths",
     outputs=2,
     fake=_fake,
-    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch", "cpu", "triton")},
+    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch", "cpu", "triton", "cuda")},
     differentiable=(0, 1, 2),
     keep_outputs=True,
 )

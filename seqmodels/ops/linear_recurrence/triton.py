@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqmodels.ops.documents import token_table
 from seqmodels.ops.kernels import KernelSpec
+from seqmodels.ops.linear_recurrence.boundaries import final_state_of, grad_initial_state, token_flags
 from seqmodels.ops.tiles import Tile, device_properties
 
 
@@ -75,9 +75,15 @@ def _store(pointer, row, inside, c, channels, real, imaginary, COMPLEX: tl.const
 def _flags(flags, token, t, inside, length):
     """(valid, first, last) of tokens; without flags each row is one document."""
     if flags is None:
-        return inside, inside & (t == 0), inside & (t == length - 1)
-    bits = tl.load(flags + token, mask=inside, other=0)
-    return inside & ((bits & 1) != 0), inside & ((bits & 2) != 0), inside & ((bits & 4) != 0)
+        valid = inside
+        first = inside & (t == 0)
+        last = inside & (t == length - 1)
+    else:
+        bits = tl.load(flags + token, mask=inside, other=0)
+        valid = inside & ((bits & 1) != 0)
+        first = inside & ((bits & 2) != 0)
+        last = inside & ((bits & 4) != 0)
+    return valid, first, last
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -99,10 +105,7 @@ def _forward(
         ar, ai = _rows(decay, source, valid, c, channels, COMPLEX, BLOCK_L, BLOCK_C)
         br, bi = _rows(x, token, valid, c, channels, COMPLEX, BLOCK_L, BLOCK_C)
         if initial_state is not None:
-            if document is None:
-                slot = tl.zeros_like(token) + row
-            else:
-                slot = tl.load(document + token, mask=first, other=0)
+            slot = tl.zeros_like(token) + row if document is None else tl.load(document + token, mask=first, other=0)
             sr, si = _rows(initial_state, slot, first, c, channels, COMPLEX, BLOCK_L, BLOCK_C)
             if COMPLEX:
                 br += ar * sr - ai * si
@@ -145,10 +148,7 @@ def _backward(
         token = row * length + t
         inside = t >= 0
         valid, first, last = _flags(flags, token, t, inside, length)
-        if document is None:
-            slot = tl.zeros_like(token) + row
-        else:
-            slot = tl.load(document + token, mask=inside, other=0)
+        slot = tl.zeros_like(token) + row if document is None else tl.load(document + token, mask=inside, other=0)
         er, ei = _rows(grad_h, token, valid, c, channels, COMPLEX, BLOCK_L, BLOCK_C)
         fr, fi = _rows(grad_final, slot, last, c, channels, COMPLEX, BLOCK_L, BLOCK_C)
         er += fr
@@ -188,10 +188,12 @@ def _backward(
             total_imaginary += tl.sum(di, axis=0)
     if not VARYING:
         one = tl.zeros([1], tl.int64) + row
-        _store(grad_decay, one, one >= 0, c, channels, total_real[None, :], total_imaginary[None, :], COMPLEX, 1, BLOCK_C)
+        _store(
+            grad_decay, one, one >= 0, c, channels, total_real[None, :], total_imaginary[None, :], COMPLEX, 1, BLOCK_C
+        )
 
 
-_SIGNATURE = {"decay": "*fp32", "initial_state": "*fp32", "document": "*i64", "flags": "*i8", "length": "i64",
+_SIGNATURE = {"decay": "*fp32", "initial_state": "*fp32", "document": "*i64", "flags": "*u8", "length": "i64",
               "channels": "i32"}  # fmt: skip
 _ALONE = {"document": None, "flags": None}
 _VARIANTS = (
@@ -202,40 +204,30 @@ _VARIANTS = (
     {"VARYING": True, "COMPLEX": False, "initial_state": None, **_ALONE},
     {"VARYING": False, "COMPLEX": False},
 )
-_TILES = (
-    Tile({"BLOCK_L": 32, "BLOCK_C": 32}, num_warps=4, num_stages=1),
-    Tile({"BLOCK_L": 64, "BLOCK_C": 16}, num_warps=4, num_stages=1),
-)
+_SMALL = Tile({"BLOCK_L": 32, "BLOCK_C": 16}, num_warps=4, num_stages=1)
 FORWARD = KernelSpec(
     name="linear_recurrence.forward",
     function=_forward,
     signature={**_SIGNATURE, "x": "*fp32", "h": "*fp32"},
-    tiles=_TILES,
+    tiles=(Tile({"BLOCK_L": 32, "BLOCK_C": 32}, num_warps=8, num_stages=1), _SMALL),
     variants=_VARIANTS,
     dtypes=("fp32",),
+    divisible=("channels",),
 )
 BACKWARD = KernelSpec(
     name="linear_recurrence.backward",
     function=_backward,
     signature={**_SIGNATURE, **dict.fromkeys(("h", "grad_h", "grad_final", "grad_x", "grad_decay"), "*fp32")},
-    tiles=_TILES,
+    tiles=(_SMALL, Tile({"BLOCK_L": 32, "BLOCK_C": 32}, num_warps=4, num_stages=1)),
     variants=_VARIANTS,
     dtypes=("fp32",),
+    divisible=("channels",),
 )
 KERNELS = [FORWARD, BACKWARD]
 
 
 def supports(decay: Tensor, x: Tensor, *rest: object) -> str | None:
     return None if x.dtype == torch.float32 else f"the Triton kernels take float32; x is {x.dtype}"
-
-
-def _tables(x: Tensor, starts: Tensor | None, lengths: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Document slot and flags (1 valid, 2 first, 4 last) of every token."""
-    if starts is None or lengths is None:
-        return None, None
-    table = token_table(starts, lengths, x.shape[0], x.shape[1])
-    flags = table.valid.to(torch.int8) + 2 * table.first.to(torch.int8) + 4 * table.last.to(torch.int8)
-    return table.document, flags
 
 
 def _launch(spec: KernelSpec, kernel: triton.JITFunction, x: Tensor, decay: Tensor, *tensors: Tensor | None) -> None:
@@ -254,13 +246,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     state = None if initial_state is None else initial_state.contiguous()
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(FORWARD, _forward, x, decay, x.contiguous(), state, *_tables(x, starts, lengths), h)
-    if starts is None or lengths is None:
-        return h, h[:, -1].clone(memory_format=torch.contiguous_format)
-    tokens = x.shape[0] * x.shape[1]
-    used = (lengths > 0).view(-1, *([1] * (x.dim() - 2)))
-    empty = torch.zeros_like(h[0, :1]) if state is None else state
-    return h, torch.where(used, h.flatten(0, 1)[(starts + lengths - 1).clamp(0, tokens - 1)], empty)
+    _launch(FORWARD, _forward, x, decay, x.contiguous(), state, *token_flags(x, starts, lengths), h)
+    return h, final_state_of(h, state, starts, lengths)
 
 
 def backward(
@@ -279,26 +266,10 @@ def backward(
     grad_final = grad_final.contiguous()
     g = torch.empty_like(states)
     grad_decay = torch.empty_like(states) if varying else states.new_empty(states.shape[:1] + states.shape[2:])
-    tables = _tables(x, starts, lengths)
+    tables = token_flags(x, starts, lengths)
     _launch(BACKWARD, _backward, x, decay, states, state, *tables, grad_h.contiguous(), grad_final, g, grad_decay)
     if not varying:
         grad_decay = grad_decay.sum(0)
     if state is None:
         return grad_decay, g, grad_h.new_empty(0)
-    rows, length = x.shape[:2]
-    first = torch.arange(rows, device=x.device) * length if starts is None else starts.clamp(max=rows * length - 1)
-    grad_state = _conjugate_product(decay.flatten(0, 1)[first] if varying else decay, g.flatten(0, 1)[first])
-    if lengths is not None:
-        used = (lengths > 0).view(-1, *([1] * (x.dim() - 2)))
-        grad_state = torch.where(used, grad_state, grad_final)
-    return grad_decay, g, grad_state
-
-
-def _conjugate_product(decay: Tensor, g: Tensor) -> Tensor:
-    """conj(decay) g; pairs are complex numbers, told from real channels by g's dimensions."""
-    if g.dim() == 2:
-        return decay * g
-    real, imaginary = decay.unbind(-1)
-    return torch.stack(
-        (real * g[..., 0] + imaginary * g[..., 1], real * g[..., 1] - imaginary * g[..., 0]), -1
-    )
+    return grad_decay, g, grad_initial_state(decay, g, grad_final, starts, lengths)
