@@ -14,6 +14,7 @@ from seqmodels.models.initialization import construction, initialize_embedding
 from seqmodels.models.loss import check_ids, inside_prefix, next_token_targets
 from seqmodels.models.stack import ModelState, Stack, StackOutput, check_causal
 from seqmodels.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from seqmodels.ops.token_linear import token_linear
 
 
 class ModelOutput(NamedTuple):
@@ -180,7 +181,8 @@ class LanguageModel(nn.Module):
         if tokens_t.dim() != 1:
             raise ValueError(f"step takes tokens of shape (batch,); got {tuple(tokens_t.shape)}")
         check_ids(tokens_t, self.config.vocab_size, "tokens_t")
-        return self.logits(self.backbone.step(F.embedding(tokens_t, self.embedding.weight), state))
+        hidden = self.backbone.step(F.embedding(tokens_t, self.embedding.weight), state)
+        return token_linear(hidden, self.head_weight)
 
     def init_state(
         self,
