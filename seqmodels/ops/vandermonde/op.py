@@ -115,7 +115,7 @@ def _adjoint_fake(z: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], *z.shape))
 
 
-_MODULES = ("reference", "torch", "cpu")
+_MODULES = ("reference", "torch", "cpu", "triton")
 _operator = Operator(
     "vandermonde",
     "Tensor z, Tensor weight, SymInt length, float scale",
