@@ -49,7 +49,8 @@ def _tensors(
     if normalize:
         q, k = q.abs(), k.abs()
     tensors = {
-        "q": q, "k": k, "v": draw(batch, length, ranks, heads, value_dim),
+        # v is a part of a wider projection, as layers pass it.
+        "q": q, "k": k, "v": draw(batch, length, ranks, heads, 3 * value_dim)[..., value_dim : 2 * value_dim],
         "log_decay": -draw(batch, length, heads).abs() * 0.1 if log_decay else None,
         "past_weight": draw(batch, length, heads).abs() if past else None,
         "diagonal_weight": draw(batch, length, heads).abs() if diagonal else None,

@@ -57,7 +57,6 @@ def forward(
     epsilon: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     problem = _problem(v, log_decay, past_weight, diagonal_weight, starts, lengths, epsilon)
     width = (q.shape[-1], v.shape[-1] + normalize)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -117,10 +116,9 @@ def backward(
     final_state: Tensor,
     denominator: Tensor,
 ) -> tuple[Tensor, ...]:
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     problem = _problem(v, log_decay, past_weight, diagonal_weight, starts, lengths, epsilon)
     width = (q.shape[-1], v.shape[-1] + normalize)
-    grad_y, grad_state = grad_y.contiguous(), grad_state.contiguous()
+    grad_state = grad_state.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
     lane = None
     if normalize:

@@ -99,8 +99,11 @@ def _scan(
     rest = tl.program_id(0) // tl.cdiv(VALUE_DIM, BLOCK_V)
     head = rest % HEADS
     slot = rest // HEADS
+    # Triton types an integer by its value; row numbers times widths need 64 bits.
+    length = length.to(tl.int64)
+    total_rows = total_rows.to(tl.int64)
     document = slot // num_segments.to(tl.int32)
-    offset = (slot % num_segments.to(tl.int32)) * segment_length
+    offset = (slot % num_segments.to(tl.int32)) * segment_length.to(tl.int64)
     if starts is not None:
         batch_row = 0
         first = tl.load(starts + document) + offset
@@ -502,19 +505,33 @@ def widest(device: Device, dtype: torch.dtype) -> int:
 
 
 def _operand(x: Tensor, rows: int, columns: int, documents: bool) -> TensorDescriptor:
-    """x (batch, length, ranks, heads, width) for TMA: (batch, head, token x rank, width), documents in one long row."""
-    step = 16 // x.element_size()
-    if x.shape[-1] % step:
-        x = F.pad(x, (0, -x.shape[-1] % step))
-    if x.data_ptr() % 16:
-        x = x.clone()
+    """x (batch, length, ranks, heads, width) for TMA: (batch, head, token x rank, width), documents in one long row.
+
+    Strides stay as they are where TMA can walk them (a part of a projection), so that nothing is copied.
+    """
     batch_size, length, ranks, heads, width = x.shape
-    if documents:
-        batch_size, length = 1, batch_size * length
-    row = heads * width
-    return TensorDescriptor(
-        x, [batch_size, heads, length * ranks, width], [length * ranks * row, width, row, 1], [1, 1, rows, columns]
+    batch_stride, token_stride, rank_stride, head_stride, _ = x.stride()
+    step = 16 // x.element_size()
+    walkable = (
+        x.stride(4) == 1
+        and x.data_ptr() % 16 == 0
+        and not any(stride <= 0 or stride % step for stride in x.stride()[:4])
+        and (ranks == 1 or token_stride == ranks * rank_stride)
+        and (not documents or batch_size == 1 or batch_stride == length * token_stride)
     )
+    if not walkable:
+        x = F.pad(x, (0, -width % step)).contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()
+        width = x.shape[-1]
+        rank_stride, head_stride = heads * width, width
+        token_stride = ranks * rank_stride
+        batch_stride = length * token_stride
+    row_stride = token_stride if ranks == 1 else rank_stride
+    if documents:
+        batch_size, length, batch_stride = 1, batch_size * length, batch_size * length * token_stride
+    shape = [batch_size, heads, length * ranks, width]
+    return TensorDescriptor(x, shape, [batch_stride, head_stride, row_stride, 1], [1, 1, rows, columns])
 
 
 class Scanned(NamedTuple):
@@ -575,7 +592,7 @@ class Problem:
         want_state: bool = False,
         state_width: tuple[int, int],
     ) -> Scanned:
-        """One pass; operands (batch, length, ranks, heads, width), contiguous.
+        """One pass; operands (batch, length, ranks, heads, width).
 
         The state is stored as (documents, H, *state_width) whichever way it is read:
         ``transposed`` reads its last dimension as the key's.
@@ -616,6 +633,8 @@ class Problem:
                 None if x is None else _operand(x, block_m, width, self.starts is not None)
                 for x, width in zip(operands, columns, strict=True)
             ]
+        else:
+            operands = [None if x is None else x.contiguous() for x in operands]
         query, key, value, dot_with = operands
         rows = self.batch_size * self.length * self.rank
 

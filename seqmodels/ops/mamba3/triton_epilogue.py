@@ -32,7 +32,7 @@ def _weight(source, head, rank, values, value_ok, RANK: tl.constexpr, HEAD_DIM: 
 
 @triton.jit
 def _place(valid, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr):
-    """(head, flat tokens, offsets into (tokens, heads, head_dim), their mask, the part of it inside documents)."""
+    """(head, flat tokens, offsets into a token, mask of what is stored, the part of it inside documents)."""
     head = tl.program_id(0) % HEADS
     token = (tl.program_id(0) // HEADS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     values = tl.arange(0, BLOCK_P)
@@ -40,22 +40,23 @@ def _place(valid, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: 
     inside = stored
     if valid is not None:
         inside = stored & tl.load(valid + token, mask=token < tokens, other=False)[:, None]
-    return head, token, (token * HEADS + head)[:, None] * HEAD_DIM + values[None, :], stored, inside
+    return head, token[:, None], (head * HEAD_DIM + values)[None, :], stored, inside
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _forward(
-    y, x, z, skip, mimo_x, mimo_z, mimo_o, norm_weight, out, valid, tokens, epsilon,
+    y, x, x_stride, z, z_stride, skip, mimo_x, mimo_z, mimo_o, norm_weight, out, valid, tokens, epsilon,
     HEADS: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    head, token, at, stored, inside = _place(valid, tokens, HEADS, HEAD_DIM, BLOCK_T, BLOCK_P)
+    head, token, lane, stored, inside = _place(valid, tokens, HEADS, HEAD_DIM, BLOCK_T, BLOCK_P)
+    at = token * (HEADS * HEAD_DIM) + lane
     values = tl.arange(0, BLOCK_P)
     value_ok = values < HEAD_DIM
-    x_tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * tl.load(skip + head)
-    z_tile = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    x_tile = tl.load(x + token * x_stride + lane, mask=inside, other=0.0).to(tl.float32) * tl.load(skip + head)
+    z_tile = tl.load(z + token * z_stride + lane, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     for rank in range(RANK):
-        row = ((token * RANK + rank) * HEADS + head)[:, None] * HEAD_DIM + values[None, :]
+        row = (token * RANK + rank) * (HEADS * HEAD_DIM) + lane
         t = tl.load(y + row, mask=inside, other=0.0).to(tl.float32)
         t += x_tile * _weight(mimo_x, head, rank, values, value_ok, RANK, HEAD_DIM)
         if norm_weight is not None:
@@ -68,23 +69,24 @@ def _forward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward(
-    grad_out, y, x, z, skip, mimo_x, mimo_z, mimo_o, norm_weight, grad_y, grad_x, grad_z,
+    grad_out, y, x, x_stride, z, z_stride, skip, mimo_x, mimo_z, mimo_o, norm_weight, grad_y, grad_x, grad_z,
     grad_skip, grad_mimo_x, grad_mimo_z, grad_mimo_o, grad_norm, valid, tokens, epsilon,
     HEADS: tl.constexpr, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    head, token, at, stored, inside = _place(valid, tokens, HEADS, HEAD_DIM, BLOCK_T, BLOCK_P)
+    head, token, lane, stored, inside = _place(valid, tokens, HEADS, HEAD_DIM, BLOCK_T, BLOCK_P)
+    at = token * (HEADS * HEAD_DIM) + lane
     values = tl.arange(0, BLOCK_P)
     value_ok = values < HEAD_DIM
     block = (tl.program_id(0) // HEADS).to(tl.int64)
     skip_weight = tl.load(skip + head)
-    x_tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    z_tile = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+    x_tile = tl.load(x + token * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
+    z_tile = tl.load(z + token * z_stride + lane, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float32)
     x_sum = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)  # gradient of skip x
     z_sum = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     norm_sum = tl.zeros((BLOCK_P,), tl.float32)
     for rank in range(RANK):
-        row = ((token * RANK + rank) * HEADS + head)[:, None] * HEAD_DIM + values[None, :]
+        row = (token * RANK + rank) * (HEADS * HEAD_DIM) + lane
         x_weight = _weight(mimo_x, head, rank, values, value_ok, RANK, HEAD_DIM)
         z_weight = _weight(mimo_z, head, rank, values, value_ok, RANK, HEAD_DIM)
         o_weight = _weight(mimo_o, head, rank, values, value_ok, RANK, HEAD_DIM)
@@ -122,7 +124,8 @@ def _backward(
 
 _MIXES = ("mimo_x", "mimo_z", "mimo_o")
 _INPUTS = {
-    **dict.fromkeys(("y", "x", "z"), "*{dtype}"), **dict.fromkeys(("skip", *_MIXES, "norm_weight"), "*fp32")
+    "y": "*{dtype}", "x": "*{dtype}", "x_stride": "i64", "z": "*{dtype}", "z_stride": "i64",
+    **dict.fromkeys(("skip", *_MIXES, "norm_weight"), "*fp32"),
 }  # fmt: skip
 _TAIL = {"valid": "*i1", "tokens": "i64", "epsilon": "fp32"}
 _SISO = {"HEADS": 32, "RANK": 1, "HEAD_DIM": 64, "BLOCK_P": 64, **dict.fromkeys(_MIXES), "norm_weight": None}
@@ -134,6 +137,7 @@ FORWARD = KernelSpec(
     signature={**_INPUTS, "out": "*{dtype}", **_TAIL},
     tiles=_TILES,
     variants=({**_SISO, "valid": None}, _MIMO),
+    divisible=("x_stride", "z_stride"),
 )
 _PARTIALS = {f"grad_{name}": None for name in (*_MIXES, "norm")}
 BACKWARD = KernelSpec(
@@ -145,6 +149,7 @@ BACKWARD = KernelSpec(
     },
     tiles=_TILES,
     variants=({**_SISO, **_PARTIALS, "valid": None}, _MIMO),
+    divisible=("x_stride", "z_stride"),
 )
 KERNELS = [FORWARD, BACKWARD]
 
@@ -155,6 +160,15 @@ def _constants(y: Tensor) -> dict[str, Any]:
     return {"HEADS": heads, "RANK": ranks, "HEAD_DIM": head_dim, "BLOCK_P": block}
 
 
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x (batch, length, heads, head_dim) as dense tokens at one stride over the whole grid."""
+    batch_size, length, _, head_dim = x.shape
+    dense = x.stride(3) == 1 and x.stride(2) == head_dim
+    if not dense or (batch_size > 1 and x.stride(0) != length * x.stride(1)):
+        x = x.contiguous()
+    return x, x.stride(1)
+
+
 class Epilogue(torch.autograd.Function):
     """out (batch, length, heads, head_dim) of y (batch, length, ranks, heads, head_dim), x, z and the weights."""
 
@@ -163,31 +177,30 @@ class Epilogue(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, z: Tensor, skip: Tensor, mimo_x: Tensor | None, mimo_z: Tensor | None,
         mimo_o: Tensor | None, norm_weight: Tensor | None, valid: Tensor | None, epsilon: float,
     ) -> Tensor:  # fmt: skip
-        tensors = [
-            None if tensor is None else tensor.contiguous()
-            for tensor in (y, x, z, skip, mimo_x, mimo_z, mimo_o, norm_weight, valid)
-        ]
+        (x, x_stride), (z, z_stride) = _rows(x), _rows(z)
+        weights = [None if w is None else w.contiguous() for w in (skip, mimo_x, mimo_z, mimo_o, norm_weight)]
+        inputs = (y.contiguous(), x, x_stride, z, z_stride, *weights)
         constants = _constants(y)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         tokens = x.shape[0] * x.shape[1]
         tile = FORWARD.tile(device_properties(x.device.index), constants, dtype_name(x.dtype))
         grid = (triton.cdiv(tokens, tile.constants["BLOCK_T"]) * constants["HEADS"],)
-        *inputs, valid = tensors
         _forward[grid](*inputs, out, valid, tokens, epsilon, **constants, **tile.launch())
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(inputs[0], x, z, *weights, valid)
         ctx.epsilon = epsilon
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, valid = ctx.saved_tensors
-        y, x, z, _, mimo_x, _, _, norm_weight = inputs
+        y, x, z, *weights, valid = ctx.saved_tensors
+        _, mimo_x, _, _, norm_weight = weights
+        inputs = (y, *_rows(x), *_rows(z), *weights)
         constants = _constants(y)
         heads, ranks, head_dim = constants["HEADS"], constants["RANK"], constants["HEAD_DIM"]
         tokens = x.shape[0] * x.shape[1]
         tile = BACKWARD.tile(device_properties(x.device.index), constants, dtype_name(x.dtype))
         blocks = triton.cdiv(tokens, tile.constants["BLOCK_T"])
-        grads = [torch.empty_like(tensor) for tensor in (y, x, z)]
+        grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (y, x, z)]
         skip_part = x.new_empty((blocks, heads), dtype=torch.float32)
         mix_parts: list[Tensor | None] = [None] * 3
         if mimo_x is not None:

@@ -162,13 +162,15 @@ STEP = KernelSpec(
         **dict.fromkeys(("norm_weight", "angle", "ssm", "k", "v"), "*fp32"),
         "out": "*{dtype}", "a_floor": "fp32", "epsilon": "fp32",
     },
-    # A thread holds 32 numbers of a 64 x 128 state, and four ranks' rows beside it.
-    tiles=(Tile({}, num_warps=8, num_stages=1),),
+    # A thread holds 32 numbers of the state, beside rows of the ranks.
+    tiles=(Tile({}, num_warps=8, num_stages=1), Tile({}, num_warps=4, num_stages=1)),
     variants=(
         {**_CONSTANTS, **dict.fromkeys(_MIXES), "norm_weight": None},
         {**_CONSTANTS, "RANK": 4, "ADJACENT": False},
         {**_CONSTANTS, "STATE": 64, "HALF": 32, "ANGLES": 16, **dict.fromkeys(_MIXES)},
+        {**_CONSTANTS, "STATE": 64, "HALF": 32, "ANGLES": 16, "RANK": 4, "ADJACENT": False},
     ),
+    valid=lambda tile, variant, dtype: (tile.num_warps == 4) == (variant["HALF"] <= 32 and variant["RANK"] == 1),
 )
 KERNELS = [STEP]
 
