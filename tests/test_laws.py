@@ -53,13 +53,14 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "plain": dict(d_state=8),
         "random": dict(d_state=8, perturbation="random", train_b=True, real_part="free", n_ssm=2),
     },
+    "s4_dplr": {"plain": dict(d_state=4), "bidirectional": dict(d_state=4, n_ssm=2, channels=2, bidirectional=True)},
     "s5": {
         "plain": dict(d_state=8),
         "convolution": dict(d_state=16, num_blocks=2, mode="convolution", activation="half_glu2", init="ptd"),
         "bidirectional": dict(d_state=8, bidirectional=True, activation="full_glu", real_part="clip", rate=2.0),
     },
     "swiglu": {"plain": dict(multiple_of=8)},
-    "glu": {"plain": dict(), "half": dict(gate="half_glu2", dropout=0.1, dropout_tied=True)},
+    "glu": {"plain": dict(), "half": dict(gate="half_glu2")},
     "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ MIXERS = Registry(
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",
         "s4d": "seqmodels.mixers.s4d:S4D",
         "s4_ptd": "seqmodels.mixers.s4_ptd:S4PTD",
+        "s4_dplr": "seqmodels.mixers.s4_dplr:S4DPLR",
         "s5": "seqmodels.mixers.s5:S5",
     },
 )

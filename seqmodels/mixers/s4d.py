@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,7 @@ class S4D(StateSpaceMixer):
         self.D = nn.Parameter(torch.empty(channels, d_model, **wide))
         if channels > 1:
             self.out_proj = nn.Linear(channels * d_model, d_model, device=device, dtype=dtype)
+        self._add_parameters(modes, wide)
         self._set_hints()
         self.reset_parameters()
 
@@ -152,6 +153,9 @@ class S4D(StateSpaceMixer):
 
     def _trains_b(self) -> bool:
         return True
+
+    def _add_parameters(self, modes: int, made: dict[str, Any]) -> None:
+        """Where a relative of this layer registers what it has besides."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -180,18 +184,21 @@ class S4D(StateSpaceMixer):
         bidirectional, the reversed ones behind."""
         return self._kernel(self.recurrence(), length, dtype)
 
-    def _kernel(self, system: Recurrence, length: int, dtype: torch.dtype) -> Tensor:
+    def _kernel(self, system: Any, length: int, dtype: torch.dtype) -> Tensor:
         weight = multiply(system.c, system.b).to(dtype)
-        kernel = vandermonde(system.z, weight, length, scale=self.scale)
+        return self._with_skip(vandermonde(system.z, weight, length, scale=self.scale), dtype)
+
+    def _with_skip(self, kernel: Tensor, dtype: torch.dtype) -> Tensor:
+        """Adds D to the forward kernels' first tap."""
         skip = self.D.to(dtype)
         if self.bidirectional:
             skip = torch.cat((skip, torch.zeros_like(skip)))
         return torch.cat((kernel[..., :1] + skip[..., None], kernel[..., 1:]), -1)
 
-    def _cached(self, length: int, dtype: torch.dtype) -> tuple[Recurrence, Tensor]:
+    def _cached(self, length: int, dtype: torch.dtype) -> tuple[Any, Tensor]:
         """System and kernel, from the cache where there is one; a longer kernel serves shorter sequences."""
 
-        def compute() -> tuple[Recurrence, Tensor]:
+        def compute() -> tuple[Any, Tensor]:
             system = self.recurrence()
             return system, self._kernel(system, length, dtype)
 
@@ -222,14 +229,13 @@ class S4D(StateSpaceMixer):
             y = y + self._response(system, state.ssm, length, layout)
         after = None
         if return_state:
-            carried = None if state is None else state.ssm
-            final = diagonal_final_state(
-                system.z, u, input_weight=system.b, initial_state=carried, layout=layout
-            )  # fmt: skip
-            after = S4DState(final)
+            after = S4DState(self._final(system, u, None if state is None else state.ssm, layout))
         return MixerOutput(self._mix(y.to(x.dtype)), after)
 
-    def _response(self, system: Recurrence, before: Tensor, length: int, layout: Layout | None) -> Tensor:
+    def _final(self, system: Any, u: Tensor, before: Tensor | None, layout: Layout | None) -> Tensor:
+        return diagonal_final_state(system.z, u, input_weight=system.b, initial_state=before, layout=layout)
+
+    def _response(self, system: Any, before: Tensor, length: int, layout: Layout | None) -> Tensor:
         """What the initial state adds: (batch, length, channels, d_model)."""
         seen = multiply(system.c, exponential(system.z))
         rows = [
