@@ -163,13 +163,13 @@ def _names(config: ModelConfig) -> dict[str, str]:
         model = LanguageModel(config)
     names = {"backbone.embedding.weight": "embedding.weight"}
     layer = -1
-    for site, block in enumerate(model.backbone.blocks):
+    for site, mixer in enumerate(model.backbone.layers()):
         ours = f"backbone.blocks.{site}"
-        if isinstance(block.layer, Mamba3):
+        if isinstance(mixer, Mamba3):
             layer += 1
             prefix = f"backbone.layers.{layer}"
             names[f"{prefix}.norm.weight"] = f"{ours}.norm.weight"
-            names |= {f"{prefix}.mixer.{name}": f"{ours}.layer.{name}" for name in block.layer.state_dict()}
+            names |= {f"{prefix}.mixer.{name}": f"{ours}.layer.{name}" for name in mixer.state_dict()}
         else:
             prefix = f"backbone.layers.{layer}"
             names[f"{prefix}.norm2.weight"] = f"{ours}.norm.weight"

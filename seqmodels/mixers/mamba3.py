@@ -122,9 +122,11 @@ class Mamba3(Mixer):
         self.C_bias = nn.Parameter(torch.empty(heads, ranks, d_state, **wide))
         self.B_norm = nn.RMSNorm(d_state, eps=EPSILON, **made)
         self.C_norm = nn.RMSNorm(d_state, eps=EPSILON, **made)
-        for name in ("mimo_x", "mimo_z", "mimo_o"):
-            mix = None if mimo_rank is None else nn.Parameter(torch.empty(heads, ranks, head_dim, **wide))
-            self.register_parameter(name, mix)
+
+        def mix() -> nn.Parameter | None:
+            return None if mimo_rank is None else nn.Parameter(torch.empty(heads, ranks, head_dim, **wide))
+
+        self.mimo_x, self.mimo_z, self.mimo_o = mix(), mix(), mix()
         self.D = nn.Parameter(torch.empty(heads, **wide))
         self.norm = nn.RMSNorm(inner, eps=EPSILON, **made) if out_norm else None
         self.out_proj = nn.Linear(inner, d_model, bias=False, **made)
@@ -139,7 +141,7 @@ class Mamba3(Mixer):
             ones.fill_(1)
         if self.norm is not None:
             self.norm.weight.fill_(1)
-        if self.mimo_x is not None:
+        if self.mimo_x is not None and self.mimo_z is not None and self.mimo_o is not None:
             self.mimo_x.fill_(1 / self.projection.ranks)
             self.mimo_z.fill_(1)
             self.mimo_o.fill_(1 / self.projection.ranks)
@@ -147,7 +149,7 @@ class Mamba3(Mixer):
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(low), math.log(high)).exp().clamp_min(floor)
         self.dt_bias.copy_(dt + (-torch.expm1(-dt)).log())
 
-    def _weights(self) -> dict[str, Tensor | None]:
+    def _weights(self) -> dict[str, Any]:
         return {
             "b_weight": self.B_norm.weight,
             "c_weight": self.C_norm.weight,

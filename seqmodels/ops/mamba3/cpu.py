@@ -6,6 +6,7 @@ state carries. The kernels keep nothing of the forward for the backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,7 @@ def _recurrence_weights(
     dt: Tensor,
     trapezoid: Tensor,
     mimo_x: Tensor | None,
-    initial_ssm: Tensor | None,
-    initial_k: Tensor | None,
-    initial_v: Tensor | None,
+    initial: Sequence[Tensor | None],
     starts: Tensor | None,
     lengths: Tensor | None,
     table: TokenTable | None,
@@ -52,10 +51,9 @@ def _recurrence_weights(
     look_ahead = F.pad(look_back[:, 1:], (0, 0, 0, 1))
     if table is not None:
         look_ahead = look_ahead.masked_fill(table.last[..., None], 0)
-    if initial_ssm is None:
+    initial_ssm, initial_k, initial_v = initial
+    if initial_ssm is None or initial_k is None or initial_v is None:  # all or none
         return own + look_ahead, own, None
-    assert initial_k is not None
-    assert initial_v is not None
     if starts is None:
         weight = look_back[:, 0]
     else:
@@ -105,10 +103,10 @@ def _where_used(lengths: Tensor | None, used: Tensor, unused: Tensor) -> Tensor:
     return used if lengths is None else torch.where((lengths > 0).view(-1, *[1] * (used.dim() - 1)), used, unused)
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, ...]:
     prepared, table = _prepared(args)
     initial, (starts, lengths) = prepared[18:22], prepared[22:24]
-    past, own, state = _recurrence_weights(prepared[4], prepared[6], prepared[14], *initial[1:], starts, lengths, table)
+    past, own, state = _recurrence_weights(prepared[4], prepared[6], prepared[14], initial[1:], starts, lengths, table)
     out, angle, ssm, k = torch.ops.seqmodels_cpu.mamba3(*_kernel_arguments(prepared, past, own, state))
     after = [angle, ssm, k, _last_rows(prepared[0], starts, lengths).to(angle.dtype, copy=True)]
     if lengths is not None:
@@ -125,11 +123,11 @@ def backward(
     prepared, table = _prepared(args)
     x, dt, trapezoid, mimo_x, b_bias = (prepared[index] for index in (0, 4, 6, 14, 11))
     initial, (starts, lengths) = prepared[18:22], prepared[22:24]
-    leaves = [
+    leaves: list[Any] = [
         None if leaf is None else leaf.detach().requires_grad_() for leaf in (dt, trapezoid, mimo_x, *initial[1:])
     ]
     with torch.enable_grad():
-        past, own, state = _recurrence_weights(*leaves, starts, lengths, table)
+        past, own, state = _recurrence_weights(leaves[0], leaves[1], leaves[2], leaves[3:], starts, lengths, table)
     gradients = torch.ops.seqmodels_cpu.mamba3_backward(
         grad_out.contiguous(),
         grad_angle.contiguous(),
@@ -147,7 +145,8 @@ def backward(
         grads.append(grad_state)
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    grad_dt, grad_trapezoid, grad_mimo_x, *grad_initial = (None if leaf is None else next(found) for leaf in leaves)
+    through: list[Any] = [None if leaf is None else next(found) for leaf in leaves]
+    grad_dt, grad_trapezoid, grad_mimo_x, *grad_initial = through
 
     # The final v is x itself.
     last = _last_rows(torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]), starts, lengths)

@@ -184,7 +184,7 @@ def forward(
     gate = z.to(compute)
     if norm_weight is not None:
         y = F.rms_norm(y, (head_dim,), None, epsilon) * norm_weight.view(heads, head_dim)
-    if mimo_o is None:
+    if mimo_o is None or mimo_z is None:  # both or none
         out = y * F.silu(gate)
     else:
         out = (mimo_o.transpose(0, 1) * y * F.silu(_columns(mimo_z, gate))).sum(dim=2)
