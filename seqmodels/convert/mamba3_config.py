@@ -74,7 +74,8 @@ def config_from_released(released: dict[str, Any], chosen: dict[str, str]) -> Mo
         vocab_size=-(-released["vocab_size"] // multiple) * multiple,
         d_model=released["d_model"],
         pattern=f"{released['n_layer']}x(mamba3{' swiglu' if hidden else ''})",
-        layers={"mamba3": default_arguments(Mamba3) | arguments | chosen} | ({"swiglu": {"d_hidden": hidden}} if hidden else {}),
+        layers={"mamba3": default_arguments(Mamba3) | arguments | chosen}
+        | ({"swiglu": {"d_hidden": hidden}} if hidden else {}),
         residual_in_float32=released.get("residual_in_fp32", True),
         tie_head=released.get("tie_embeddings", True),
     )
