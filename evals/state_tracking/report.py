@@ -61,7 +61,7 @@ def _suite_page(suite: str, summaries: list[ArmSummary], target: Path) -> Iterat
         "",
         "Scaled accuracy is (accuracy - chance) / (1 - chance): 0 is guessing. Every arm has the same grid and the "
         "same number of runs. The checkpoint of a run and the grid point of an arm are chosen by validation at the "
-        "longest trained length, never by the test; \"best run\" is the best of all of an arm's runs by the test "
+        'longest trained length, never by the test; "best run" is the best of all of an arm\'s runs by the test '
         "itself, which is what the published tables report.",
         "",
     )
@@ -82,7 +82,7 @@ def _task(suite: str, task: str, summaries: list[ArmSummary], target: Path) -> I
     length, cell = max(summaries[0].chosen[0].curve), summaries[0].about["cell"]
     header = [
         "arm", "parameters", "chosen point", f"at {length}: median of seeds", "every seed", "best run (runs)",
-        "published", f"validation at {cell['training']['validation_length']}",
+        "published (to length 256)", f"validation at {cell['training']['validation_length']}",
     ]  # fmt: skip
     yield from (f"### {task}", "", f"![scaled accuracy over length]({name})", "")
     yield from markdown_table(header, map(_cells, summaries))

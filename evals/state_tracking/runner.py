@@ -176,4 +176,3 @@ def _follow(
     process.wait()
     reader.join()
     return (outcome if process.returncode == 0 else None), "".join(errors)
-
