@@ -19,6 +19,7 @@ GRIDS: dict[str, tuple[int, int, Layout | None]] = {
     "prime": (1, 37, None),
     "over a tile": (1, 131, None),
     "packed": (3, 40, Layout.packed([[3, 1, 30], [2], [17, 23]], 40, capacity=8)),
+    "short packed": (2, 9, Layout.packed([[3, 1, 4], [2]], 9, capacity=5)),
     "left padded": (3, 20, Layout.left_padded([3, 20, 1])),
 }
 

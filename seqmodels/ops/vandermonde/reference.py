@@ -16,4 +16,4 @@ def forward(z: Tensor, weight: Tensor, length: int, scale: float) -> Tensor:
     z_HN = torch.view_as_complex(z.double().contiguous())
     power_HNL = torch.exp(z_HN[..., None] * times_L)
     weight_RHN = torch.view_as_complex(weight.contiguous())
-    return scale * torch.einsum("rhn,hnl->rhl", weight_RHN, power_HNL.to(weight_RHN.dtype)).real
+    return scale * torch.einsum("rhn,hnl->rhl", weight_RHN, power_HNL.to(weight_RHN.dtype)).real.contiguous()

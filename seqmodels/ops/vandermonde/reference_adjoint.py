@@ -14,4 +14,5 @@ def forward(z: Tensor, x: Tensor) -> Tensor:
     z_HN = torch.view_as_complex(z.double().contiguous())
     power_HNL = torch.exp(z_HN[..., None] * times_L)
     numbers = torch.complex128 if x.dtype == torch.float64 else torch.complex64
-    return torch.view_as_real(torch.einsum("rhl,hnl->rhn", x.to(numbers), power_HNL.to(numbers)))
+    state_RHN = torch.einsum("rhl,hnl->rhn", x.to(numbers), power_HNL.to(numbers))
+    return torch.view_as_real(state_RHN.contiguous())

@@ -52,12 +52,16 @@ def diagonal_response(
         if length is None:
             raise ValueError("diagonal_response: length is None without a layout; give the number of tokens")
         return vandermonde(z, weight, length, scale=scale).transpose(1, 2).contiguous()
-    _check_documents("diagonal_response", "weight", weight, layout)
+    if weight.shape[0] != layout.num_documents:
+        raise ValueError(
+            f"diagonal_response: weight has {weight.shape[0]} rows; expected {layout.num_documents}, one for each "
+            "document slot"
+        )
     tokens = layout.batch_size * layout.length
     size = min(_CHUNK, layout.length)
     table = chunk_table(layout.starts, layout.lengths, tokens, size)
     begins_T = torch.where(table.valid[:, 0], table.token[:, 0] - layout.starts[table.document], 0)
-    weight_THN = _product(powers(z, begins_T), weight[table.document])
+    weight_THN = _product(powers(z, begins_T), weight[table.document]).to(weight.dtype)
     values_THQ = vandermonde(z, weight_THN, size, scale=scale)
     target = torch.where(table.valid, table.token, tokens).flatten()  # one row more takes what is no token
     y = values_THQ.new_zeros(tokens + 1, z.shape[0])
@@ -147,10 +151,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
     real = a_real * b_real - a_imaginary * b_imaginary
     return torch.stack((real, a_real * b_imaginary + a_imaginary * b_real), -1)
-
-
-def _check_documents(owner: str, name: str, tensor: Tensor, layout: Layout) -> None:
-    if tensor.shape[0] != layout.num_documents:
-        raise ValueError(
-            f"{owner}: {name} has {tensor.shape[0]} rows; expected {layout.num_documents}, one for each document slot"
-        )
