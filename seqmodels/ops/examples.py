@@ -153,6 +153,35 @@ def _mamba3_case(draw: Draw, *, ranks: int, state: int, packed: bool) -> Argumen
     )
 
 
+def _mamba3_step(draw: Draw) -> list[Arguments]:
+    heads, width, found = 4, 64, []
+    for ranks, state, pairing in ((1, 128, "adjacent"), (4, 64, "half")):
+        angles, keys = state // 4, ranks * state
+        found.append(
+            (
+                draw.normal(draw.batch, 2 * heads * width + 2 * keys + 3 * heads + angles),
+                draw.wide(heads),
+                *(1 + draw.wide(state, scale=0.1) for _ in "bc"),
+                *(1 + draw.wide(heads, ranks, state, scale=0.1) for _ in "bc"),
+                1 + draw.wide(heads, scale=0.1),
+                *(draw.wide(heads, ranks, width, scale=1 / ranks) if ranks > 1 else None for _ in range(3)),
+                None,
+                draw.wide(draw.batch, heads, angles),
+                draw.wide(draw.batch, heads, width, state),
+                draw.wide(draw.batch, ranks, heads, state),
+                draw.wide(draw.batch, heads, width),
+                1,
+                pairing,
+                "heavy_tail",
+                1e-4,
+                "data_dependent",
+                True,
+                1e-5,
+            )
+        )
+    return found
+
+
 def _linear_recurrence(draw: Draw) -> list[Arguments]:
     starts, lengths = draw.documents()
     grid = (draw.batch, draw.length)
@@ -193,6 +222,7 @@ EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
     "short_conv": _short_conv,
     "short_conv_step": _short_conv_step,
     "mamba3": _mamba3,
+    "mamba3_step": _mamba3_step,
     "vandermonde": _vandermonde,
     "vandermonde_adjoint": _vandermonde_adjoint,
 }

@@ -326,7 +326,13 @@ FORWARD = KernelSpec(
     name="mamba3.prologue",
     function=_forward,
     signature={
-        "b": "*{dtype}", "c": "*{dtype}", **_PHASE, **_WEIGHTS, "k": "*{dtype}", "q": "*{dtype}", **_DOCUMENTS,
+        "b": "*{dtype}",
+        "c": "*{dtype}",
+        **_PHASE,
+        **_WEIGHTS,
+        "k": "*{dtype}",
+        "q": "*{dtype}",
+        **_DOCUMENTS,
         "epsilon": "fp32",
     },
     tiles=(Tile({"BLOCK_T": 16}, num_warps=8, num_stages=1),),
@@ -336,12 +342,15 @@ BACKWARD = KernelSpec(
     name="mamba3.prologue_backward",
     function=_backward,
     signature={
-        "b": "*{dtype}", "c": "*{dtype}", **_PHASE, **_WEIGHTS,
+        "b": "*{dtype}",
+        "c": "*{dtype}",
+        **_PHASE,
+        **_WEIGHTS,
         **dict.fromkeys(("grad_k", "grad_q", "grad_b", "grad_c"), "*{dtype}"),
-        **dict.fromkeys(
-            ("grad_b_weight", "grad_c_weight", "grad_b_bias", "grad_c_bias", "grad_phase"), "*fp32"
-        ),
-        "grad_total": "*fp64", **_DOCUMENTS, "epsilon": "fp32",
+        **dict.fromkeys(("grad_b_weight", "grad_c_weight", "grad_b_bias", "grad_c_bias", "grad_phase"), "*fp32"),
+        "grad_total": "*fp64",
+        **_DOCUMENTS,
+        "epsilon": "fp32",
     },
     tiles=(Tile({"BLOCK_T": 16}, num_warps=4, num_stages=1),),
     variants=_VARIANTS,
@@ -350,8 +359,13 @@ PHASE_BACKWARD = KernelSpec(
     name="mamba3.phase_backward",
     function=_phase_backward,
     signature={
-        "grad_phase": "*fp32", "after": "*fp64", "phase_step": "*fp32", "rate": "*fp32",
-        "grad_step": "*fp32", "grad_rate": "*fp32", **_DOCUMENTS,
+        "grad_phase": "*fp32",
+        "after": "*fp64",
+        "phase_step": "*fp32",
+        "rate": "*fp32",
+        "grad_step": "*fp32",
+        "grad_rate": "*fp32",
+        **_DOCUMENTS,
     },
     tiles=(Tile({"BLOCK_T": 16}, num_warps=4, num_stages=1),),
     variants=({**_PHASE_CONSTANTS, **_NO_DOCUMENTS}, _PHASE_CONSTANTS),
@@ -399,6 +413,8 @@ class Prologue(torch.autograd.Function):
         )  # fmt: skip
         last = through[:, -1]
         angle = (last - 2 * math.pi * (last / (2 * math.pi)).round()).float()
+        if lengths is not None and initial_angle is not None:  # an unused slot keeps what it had, unreduced
+            angle = torch.where((lengths > 0)[:, None, None], angle, initial_angle)
         ctx.save_for_backward(*tensors, before, starts, lengths)
         ctx.options = constants, epsilon, chunks, initial_angle is not None
         return q, k, angle
