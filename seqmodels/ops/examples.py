@@ -186,7 +186,7 @@ def _linear_recurrence(draw: Draw) -> list[Arguments]:
     starts, lengths = draw.documents()
     grid = (draw.batch, draw.length)
     found: list[Arguments] = []
-    for channels, tail, varying, packed in ((37, (2,), False, False), (5, (2,), True, True), (40, (), True, False)):
+    for channels, tail, varying, packed in ((17, (2,), False, False), (5, (2,), True, True), (7, (), True, False)):
         decay = torch.tanh(draw.wide(*(grid if varying else ()), channels, *tail)) * 0.7
         state = draw.wide(len(starts) if packed else draw.batch, channels, *tail)
         documents = (starts, lengths) if packed else (None, None)

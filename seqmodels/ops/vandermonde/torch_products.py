@@ -39,7 +39,7 @@ def kernel(z: Tensor, weight: Tensor, length: int, scale: float) -> Tensor:
     return result
 
 
-def moments(z: Tensor, g: Tensor, *, first: bool = True) -> tuple[Tensor, Tensor | None]:
+def moments(z: Tensor, g: Tensor, *, first: bool = True) -> tuple[Tensor, Tensor]:
     """sum_l g e^{l z} and, with ``first``, sum_l l g e^{l z}: (rows, heads, states, 2) from g (rows, heads, length)."""
     rows, heads, length = g.shape
     dtype = torch.complex128 if g.dtype == torch.float64 else torch.complex64
@@ -58,7 +58,7 @@ def moments(z: Tensor, g: Tensor, *, first: bool = True) -> tuple[Tensor, Tensor
             begins_A = torch.arange(0, count * size, size, device=g.device, dtype=g.dtype)
             results[1][:, block] = torch.einsum("han,hran->rhn", outer_HAN, numbers[:, :, :, 1])
             results[1][:, block] += torch.einsum("han,hran->rhn", outer_HAN * begins_A[:, None], numbers[:, :, :, 0])
-    return torch.view_as_real(results[0]), torch.view_as_real(results[1]) if first else None
+    return torch.view_as_real(results[0]), torch.view_as_real(results[1]) if first else g.new_empty(0)
 
 
 def _factors(z: Tensor, rows: int, length: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
