@@ -61,9 +61,7 @@ def _tensors(
 
 
 def _run(tensors, layout, normalize, dtype, backend):
-    leaves = {
-        name: None if tensor is None else tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()
-    }
+    leaves = {name: None if tensor is None else tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
     q, k, v, *_ = leaves.values()
     with seqmodels.backend(backend):
         y, state = linear_attention(

@@ -74,9 +74,7 @@ def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
     return split.sum(-2, dtype=torch.float32).to(gradient.dtype)
 
 
-def _decay_gradient(
-    change: Tensor, ends: Tensor, starts: Tensor | None, lengths: Tensor | None
-) -> Tensor:
+def _decay_gradient(change: Tensor, ends: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Gradient of log_decay from that of its running sum: (B, L, H).
 
     ``change`` (B, L, H) is the gradient of c at each token, ``ends`` (documents, H) that of the last

@@ -483,7 +483,9 @@ COMBINE = KernelSpec(
     function=_combine,
     signature={
         **dict.fromkeys(("local", "decay", "initial", "entering", "final"), "*fp32"),
-        "num_segments": "i64", "heads": "i32", "state_size": "i32",
+        "num_segments": "i64",
+        "heads": "i32",
+        "state_size": "i32",
     },
     tiles=(Tile({"BLOCK": 1024}, num_warps=4),),
     variants=({"REVERSE": False}, {"REVERSE": True}),

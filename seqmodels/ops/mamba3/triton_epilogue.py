@@ -144,8 +144,11 @@ BACKWARD = KernelSpec(
     name="mamba3.epilogue_backward",
     function=_backward,
     signature={
-        "grad_out": "*{dtype}", **_INPUTS, **dict.fromkeys(("grad_y", "grad_x", "grad_z"), "*{dtype}"),
-        **dict.fromkeys(("grad_skip", *_PARTIALS), "*fp32"), **_TAIL,
+        "grad_out": "*{dtype}",
+        **_INPUTS,
+        **dict.fromkeys(("grad_y", "grad_x", "grad_z"), "*{dtype}"),
+        **dict.fromkeys(("grad_skip", *_PARTIALS), "*fp32"),
+        **_TAIL,
     },
     tiles=_TILES,
     variants=({**_SISO, **_PARTIALS, "valid": None}, _MIMO),

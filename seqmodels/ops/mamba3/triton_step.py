@@ -160,7 +160,9 @@ STEP = KernelSpec(
         "projected": "*{dtype}",
         **dict.fromkeys(("dt_bias", "b_weight", "c_weight", "b_bias", "c_bias", "skip", *_MIXES), "*fp32"),
         **dict.fromkeys(("norm_weight", "angle", "ssm", "k", "v"), "*fp32"),
-        "out": "*{dtype}", "a_floor": "fp32", "epsilon": "fp32",
+        "out": "*{dtype}",
+        "a_floor": "fp32",
+        "epsilon": "fp32",
     },
     # A thread holds 32 numbers of the state, beside rows of the ranks.
     tiles=(Tile({}, num_warps=8, num_stages=1), Tile({}, num_warps=4, num_stages=1)),
