@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqmodels.channel.base import TokenwiseChannel
 from seqmodels.mixers.base import check_positive
+from seqmodels.ops.swiglu import swiglu
 from seqmodels.ops.token_linear import apply_linear
 from seqmodels.state import EmptyState
 
@@ -93,7 +94,9 @@ class MLP(TokenwiseChannel):
     def _map(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         hidden = apply(self.in_proj, x)
         activate = ACTIVATIONS[self.activation]
-        if self.gated:
+        if self.gated and self.activation == "silu":
+            hidden = swiglu(hidden)
+        elif self.gated:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = activate(gate) * up
         else:
