@@ -358,6 +358,7 @@ _VARIANTS = (
     _declared(RANK=4, **_EXCHANGED, present=("dot_with", "dot_out"), REVERSE=True),
     _declared(KEY_DIM=64, QUERY_HEADS=1, KEY_HEADS=1, absent=_WEIGHTS),
     _declared(STATE_COLUMNS=65, NORMALIZE=True, absent=_WEIGHTS, present=("denominator",)),
+    _declared(STATE_COLUMNS=65, NORMALIZE=True, absent=("past", "diagonal"), present=("denominator",)),
     _declared(**_EXCHANGED, STATE_COLUMNS=65, absent=_WEIGHTS, present=("lane",)),
     _declared(**_EXCHANGED, STATE_COLUMNS=65, REVERSE=True, absent=_WEIGHTS, present=("lane",)),
     _declared(present=("starts", "lengths"), MASKED=True),
@@ -395,8 +396,15 @@ def _up_to(width: int) -> tuple[dict[str, Any], ...]:
 WIDE, NARROW, SHORT = (_tile_of(64, width, 4, stages, tma=True) for width, stages in ((64, 2), (32, 2), (32, 1)))
 
 
+def _decayed_mean(variant: Mapping[str, Any]) -> bool:
+    """A normaliser beside decays and 128 key lanes: only the shortest tile has registers for it."""
+    return variant["NORMALIZE"] and variant["BLOCK_K"] > 64 and "log_decay" not in variant
+
+
 def _fits(tile: Tile, variant: Mapping[str, Any], dtype: str) -> bool:
     """Masks of documents, or 256 key lanes, do not fit the registers beside 64 value columns."""
+    if _decayed_mean(variant):
+        return tile == SHORT
     if tile == WIDE:
         return variant["BLOCK_K"] <= 128 and not variant["MASKED"]
     return tile == NARROW or variant["MASKED"]
@@ -406,7 +414,8 @@ def _choose(device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
     """The widest that fits; where products go to tensor memory, a pipeline of masked tiles does not."""
     if _fits(WIDE, variant, dtype):
         return WIDE
-    return SHORT if variant["MASKED"] and int(device.architecture) >= 100 else NARROW
+    masked = variant["MASKED"] and int(device.architecture) >= 100
+    return SHORT if masked or _decayed_mean(variant) else NARROW
 
 
 SCAN = KernelSpec(
@@ -609,7 +618,8 @@ class Problem:
             "REVERSE": reverse, "NORMALIZE": normalize, "TRANSPOSED": transposed, "BLOCK_K": _block(key_dim),
             "MASKED": self.starts is not None or self.rank & (self.rank - 1) != 0,
         }  # fmt: skip
-        tile = spec.tile(device, variant, dtype_name(value.dtype))
+        absent = {"log_decay": None} if self.log_decay is None else {}
+        tile = spec.tile(device, variant | absent, dtype_name(value.dtype))
         block_m, block_v = tile.constants["BLOCK_M"], tile.constants["BLOCK_V"]
         tokens = block_m // self.rank
         value_blocks = triton.cdiv(value_dim, block_v)
