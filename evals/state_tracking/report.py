@@ -59,10 +59,10 @@ def _suite_page(suite: str, summaries: list[ArmSummary], target: Path) -> Iterat
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",
-        "Scaled accuracy is (accuracy - chance) / (1 - chance): 0 is guessing. Every arm has the same grid and the "
-        "same number of runs. The checkpoint of a run and the grid point of an arm are chosen by validation at the "
-        'longest trained length, never by the test; "best run" is the best of all of an arm\'s runs by the test '
-        "itself, which is what the published tables report.",
+        "Scaled accuracy is (accuracy - chance) / (1 - chance): 0 is guessing. Every arm has the same grid and, when "
+        "the suite has finished, the same number of runs. The checkpoint of a run and the grid point of an arm are "
+        "chosen by validation at the longest trained length, never by the test; 'best run' is the best of all of an "
+        "arm's runs by the test itself, which is what the published tables report.",
         "",
     )
     missing = [task for task in TASKS if task not in {summary.task for summary in summaries}]
@@ -94,6 +94,10 @@ def _task(suite: str, task: str, summaries: list[ArmSummary], target: Path) -> I
     )
     yield from markdown_table(["arm", "point", "seeds"], (line for summary in summaries for line in _points(summary)))
     yield ""
+    if len({len(summary.runs) for summary in summaries}) > 1:
+        counts = ", ".join(f"{summary.arm} {len(summary.runs)}" for summary in summaries)
+        yield f"The suite has not finished here; runs by arm so far: {counts}. The same command goes on from there."
+        yield ""
 
 
 def _points(summary: ArmSummary) -> Iterator[list[str]]:

@@ -463,6 +463,9 @@ def test_report_from_rows_alone(tmp_path):
     assert "Not measured in this suite: modular_arithmetic, modular_arithmetic_brackets" in page
     assert "| Grazzi et al. | sLSTM | 1.000 | 0.787 | 0.173 |" in page
     assert "| mamba3 | lr=0.01,d=16,dt=default | 0.000 |" in page
+    assert "has not finished" not in page
+    unfinished = write_report(tmp_path / "c", [tmp_path / "a", written(tmp_path / "c", cells[2:3], [outcome()]).path])
+    assert "runs by arm so far: gated_conv 1, mamba3 2" in unfinished.read_text()
     assert "| gated_conv | lr=0.01,d=16,dt=none | 0.000, -0.250 |" in page
 
 
