@@ -1,6 +1,6 @@
 """Released Mamba-3 checkpoints (``state-spaces/mamba3-*``) to this library's model folders, and back.
 
-A released folder has ``config.json`` and ``pytorch_model.bin`` (or ``model.safetensors``) with
+A released folder has ``config.json`` and ``pytorch_model.bin`` (or ``model.safetensors``, or shards) with
 
     backbone.embedding.weight, backbone.layers.<i>.{norm, norm2}.weight, backbone.layers.<i>.mixer.*,
     backbone.layers.<i>.mlp.{fc1, fc2}.weight, backbone.norm_f.weight, lm_head.weight
@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from seqmodels.convert.mamba3_config import (
-    ConversionError,
-    config_from_released,
-    config_to_released,
-    read_json,
-    uniform_stack,
-)
+from seqmodels.convert.files import ConversionError, check_new, new_folder, read_json, read_weights
+from seqmodels.convert.mamba3_config import config_from_released, config_to_released, uniform_stack
 from seqmodels.mixers import Mamba3
 from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.models.loading import load_model, save_model
@@ -57,8 +51,8 @@ def from_released(
     """Reads a released folder and writes a model folder that :func:`seqmodels.models.load_model` reads.
 
     Args:
-        path: the folder with ``config.json`` and the weights.
-        out: where to write.
+        path: the folder with ``config.json`` and the weights (in one file, or in shards with an index).
+        out: the folder to write; new or empty. It appears whole, or not at all.
         pairing: "adjacent" (released SISO models) or "half" (released MIMO models); read from
             ``seqmodels.json`` where that is there, otherwise required.
         a_activation: "heavy_tail" (released code since June 2026) or "softplus" (before); likewise.
@@ -69,8 +63,9 @@ def from_released(
 
     Raises:
         ConversionError: an unknown option in config.json, a missing, unexpected or misshapen
-            tensor, a choice that nobody made.
+            tensor, a damaged file, a choice that nobody made, an ``out`` that holds something.
     """
+    check_new(out)
     folder = Path(path)
     known = read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
     chosen = {
@@ -80,7 +75,7 @@ def from_released(
                                 "code released since June 2026 computes 'heavy_tail', before that 'softplus'"),
     }  # fmt: skip
     config = config_from_released(read_json(folder / "config.json"), chosen)
-    found = _read_weights(folder)
+    found = read_weights(folder)
     with torch.device("meta"):
         model = LanguageModel(config)
     names = _names(config)
@@ -99,7 +94,8 @@ def from_released(
         tensors[ours], change = _swapped(released, found[released])
         report.append(Moved(released, ours, tuple(found[released].shape), change))
     model.load_state_dict(tensors, strict=True, assign=True)
-    save_model(model, out, tokenizer=tokenizer)
+    with new_folder(out) as target:
+        save_model(model, target, tokenizer=tokenizer)
     return report
 
 
@@ -110,8 +106,10 @@ def to_released(path: str | Path, out: str | Path) -> list[Moved]:
     one, the state's lanes are permuted, which changes no output.
 
     Raises:
-        ConversionError: the model is not a stack of equal Mamba-3 (and SwiGLU) blocks that released code can build.
+        ConversionError: the model is not a stack of equal Mamba-3 (and SwiGLU) blocks that released code can
+            build, or ``out`` holds something.
     """
+    check_new(out)
     model, _, _ = load_model(path)
     arguments, d_intermediate = uniform_stack(model.config)
     released_pairing = "adjacent" if arguments["mimo_rank"] is None else "half"
@@ -132,13 +130,12 @@ def to_released(path: str | Path, out: str | Path) -> list[Moved]:
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
         shape = tuple(tensors["lm_head.weight"].shape)
         report.append(Moved("embedding.weight", "lm_head.weight", shape, "tied"))
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     config = config_to_released(model.config, arguments, d_intermediate)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     sidecar = {"pairing": released_pairing, "a_activation": arguments["a_activation"]}
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-    torch.save(tensors, folder / "pytorch_model.bin")
+    with new_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+        torch.save(tensors, folder / "pytorch_model.bin")
     return report
 
 
@@ -220,15 +217,6 @@ def _check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Te
     ]
     if wrong:
         raise ConversionError("the tensors do not fit config.json:\n  " + "\n  ".join(wrong))
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if not (folder / "pytorch_model.bin").is_file():
-        raise ConversionError(f"{folder} holds neither pytorch_model.bin nor model.safetensors")
-    # weights_only: a pickle from elsewhere must not run code.
-    return dict(torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
 
 
 def _choice(name: str, given: str | None, stored: str | None, known: tuple[str, ...], hint: str) -> str:

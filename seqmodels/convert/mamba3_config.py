@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from seqmodels.channel import SwiGLU
+from seqmodels.convert.files import ConversionError
 from seqmodels.mixers.mamba3 import A_FLOOR, Mamba3
 from seqmodels.models import ModelConfig
 from seqmodels.models.arguments import default_arguments
@@ -28,21 +27,13 @@ ARGUMENTS = {
 SPEED_ONLY = ("chunk_size",)
 MODEL_KEYS = {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg", "attn_layer_idx", "attn_cfg", "rms_norm",
               "residual_in_fp32", "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"}  # fmt: skip
-
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted as it is: what is wrong, by name, and the way out."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConversionError(f"cannot read {path}: {error}") from error
+# What hubs add; no output depends on it.
+REMARKS = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+EPSILON = 1e-5  # of the norms in front of the blocks; released code has no other
 
 
 def config_from_released(released: dict[str, Any], chosen: dict[str, str]) -> ModelConfig:
-    unknown = sorted(released.keys() - MODEL_KEYS)
+    unknown = sorted(released.keys() - MODEL_KEYS - REMARKS)
     if unknown:
         raise ConversionError(
             f"config.json has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(MODEL_KEYS))}"
@@ -50,6 +41,11 @@ def config_from_released(released: dict[str, Any], chosen: dict[str, str]) -> Mo
     missing = sorted({"d_model", "n_layer", "vocab_size", "ssm_cfg"} - released.keys())
     if missing:
         raise ConversionError(f"config.json lacks {', '.join(missing)}")
+    d_model, n_layer, vocab_size = (_integer(released, name, 1) for name in ("d_model", "n_layer", "vocab_size"))
+    d_intermediate = _integer(released, "d_intermediate", 0, default=0)
+    multiple = _integer(released, "pad_vocab_size_multiple", 1, default=8)
+    if not isinstance(released["ssm_cfg"], dict):
+        raise ConversionError(f"config.json: ssm_cfg is {released['ssm_cfg']!r}; expected an object")
     ssm = dict(released["ssm_cfg"])
     if ssm.pop("layer", None) != "Mamba3":
         raise ConversionError(f"config.json: ssm_cfg.layer is {released['ssm_cfg'].get('layer')!r}; expected 'Mamba3'")
@@ -68,12 +64,11 @@ def config_from_released(released: dict[str, Any], chosen: dict[str, str]) -> Mo
     rest = sorted(ssm.keys() - set(SPEED_ONLY))
     if rest:
         raise ConversionError(f"config.json: ssm_cfg has unknown keys {', '.join(rest)}")
-    hidden = -(-released.get("d_intermediate", 0) // MLP_MULTIPLE) * MLP_MULTIPLE
-    multiple = released.get("pad_vocab_size_multiple", 8)
+    hidden = -(-d_intermediate // MLP_MULTIPLE) * MLP_MULTIPLE
     return ModelConfig(
-        vocab_size=-(-released["vocab_size"] // multiple) * multiple,
-        d_model=released["d_model"],
-        pattern=f"{released['n_layer']}x(mamba3{' swiglu' if hidden else ''})",
+        vocab_size=-(-vocab_size // multiple) * multiple,
+        d_model=d_model,
+        pattern=f"{n_layer}x(mamba3{' swiglu' if hidden else ''})",
         layers={"mamba3": default_arguments(Mamba3) | arguments | chosen}
         | ({"swiglu": {"d_hidden": hidden}} if hidden else {}),
         residual_in_float32=released.get("residual_in_fp32", True),
@@ -81,11 +76,22 @@ def config_from_released(released: dict[str, Any], chosen: dict[str, str]) -> Mo
     )
 
 
+def _integer(released: dict[str, Any], name: str, least: int, default: int | None = None) -> int:
+    value = released.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConversionError(f"config.json: {name} is {value!r}; expected an integer of at least {least}")
+    return value
+
+
 def uniform_stack(config: ModelConfig) -> tuple[dict[str, Any], int]:
     """The arguments of every mixer and the width of every MLP (0: none), or an error that names the odd block."""
     if config.norm != "rms" or config.norm_place != "pre":
         raise ConversionError(f"released models have an RMSNorm in front of each block; norm is {config.norm!r}, "
                               f"norm_place {config.norm_place!r}")  # fmt: skip
+    if config.norm_epsilon != EPSILON:
+        raise ConversionError(
+            f"norm_epsilon is {config.norm_epsilon}; released code has {EPSILON} and no option for it"
+        )
     blocks = config.block_specs()
     expected = [blocks[0].layers, *([blocks[1].layers] if len(blocks) > 1 and _name(blocks[1]) != "mamba3" else [])]
     for index, block in enumerate(blocks):

@@ -13,8 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from seqmodels.cli import app
+from seqmodels.convert.files import ConversionError
 from seqmodels.convert.mamba3 import from_released, to_released
-from seqmodels.convert.mamba3_config import ConversionError
 from seqmodels.mixers import Mamba3
 from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.models.loading import load_model, save_model
@@ -69,13 +69,21 @@ def small_config(**ssm: object) -> dict:
     }  # fmt: skip
 
 
-def write_released(folder: Path, config: dict, tensors: dict[str, Tensor], *, safetensors: bool = False) -> Path:
+def write_released(
+    folder: Path, config: dict, tensors: dict[str, Tensor], *, safetensors: bool = False, shards: int = 1
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    if safetensors:
-        save_file(tensors, folder / "model.safetensors")
-    else:
-        torch.save(tensors, folder / "pytorch_model.bin")
+    whole = "model.safetensors" if safetensors else "pytorch_model.bin"
+    stem, _, suffix = whole.partition(".")
+    places = {}
+    for shard in range(shards):
+        file = whole if shards == 1 else f"{stem}-{shard + 1:05}-of-{shards:05}.{suffix}"
+        part = {name: tensor for index, (name, tensor) in enumerate(tensors.items()) if index % shards == shard}
+        save_file(part, folder / file) if safetensors else torch.save(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    if shards > 1:
+        (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 
@@ -260,3 +268,151 @@ def test_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["convert", "mamba3", str(tmp_path / "ours"), str(tmp_path / "back")])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "back" / "seqmodels.json").is_file()
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_shards_are_the_whole(tmp_path: Path, safetensors: bool) -> None:
+    config = small_config()
+    tensors = released_tensors(config)
+    whole = write_released(tmp_path / "whole", config, tensors, safetensors=safetensors)
+    sharded = write_released(tmp_path / "sharded", config, tensors, safetensors=safetensors, shards=3)
+    assert from_released(whole, tmp_path / "a", **CHOICES) == from_released(sharded, tmp_path / "b", **CHOICES)
+    expected = load_model(tmp_path / "a").model.state_dict()
+    for name, tensor in load_model(tmp_path / "b").model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    shard = next(sharded.glob("*-00002-of-00003.*"))
+    shard.unlink()
+    with pytest.raises(ConversionError, match=rf"names the shard '{shard.name}', which is not in"):
+        from_released(sharded, tmp_path / "c", **CHOICES)
+    assert not (tmp_path / "c").exists()
+
+
+def test_index_and_shards_that_differ(tmp_path: Path) -> None:
+    config = small_config()
+    source = write_released(tmp_path / "released", config, released_tensors(config), shards=2)
+    index = source / "pytorch_model.bin.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    other = {name: file for name, file in places.items() if name != "backbone.norm_f.weight"}
+    index.write_text(json.dumps({"weight_map": other}))
+    with pytest.raises(ConversionError, match=r"differ in backbone\.norm_f\.weight"):
+        from_released(source, tmp_path / "ours", **CHOICES)
+    index.write_text(json.dumps({"weight_map": {**places, "backbone.norm_f.weight": "../elsewhere.bin"}}))
+    with pytest.raises(ConversionError, match=r"names the shard '\.\./elsewhere\.bin'"):
+        from_released(source, tmp_path / "ours", **CHOICES)
+
+
+def test_padded_vocabulary_untied_head_and_remarks(tmp_path: Path) -> None:
+    config = small_config() | {"vocab_size": 19, "tie_embeddings": False, "architectures": ["MambaLMHeadModel"]}
+    tensors = released_tensors(config | {"vocab_size": 24})
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
+    source = write_released(tmp_path / "released", config, tensors)
+    from_released(source, tmp_path / "ours", **CHOICES)
+    model = load_model(tmp_path / "ours").model
+    assert model.config.vocab_size == 24
+    assert not model.config.tie_head
+    tokens = torch.randint(0, 24, (2, 5))
+    with torch.no_grad():
+        expected = released_logits(config, tensors, tokens, **CHOICES)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    to_released(tmp_path / "ours", tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(back["lm_head.weight"], tensors["lm_head.weight"])
+
+
+class _NotATensor:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"backbone.norm_f.weight": _NotATensor()}, "damaged or holds more than tensors"),
+        ({"model": {"backbone.norm_f.weight": torch.ones(2)}}, "'model' is a dict; expected a tensor"),
+        ([torch.ones(2)], "holds a list; expected a mapping"),
+        (b"", r"cannot read .*pytorch_model\.bin \(0 bytes\)"),
+        (b"not a checkpoint", "damaged or holds more than tensors"),
+    ],
+)
+def test_refuses_other_files(tmp_path: Path, contents: object, message: str) -> None:
+    source = write_released(tmp_path / "released", small_config(), {})
+    file = source / "pytorch_model.bin"
+    file.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, file)
+    with pytest.raises(ConversionError, match=message):
+        from_released(source, tmp_path / "ours", **CHOICES)
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_refuses_a_truncated_file(tmp_path: Path, safetensors: bool) -> None:
+    config = small_config()
+    source = write_released(tmp_path / "released", config, released_tensors(config), safetensors=safetensors)
+    file = source / ("model.safetensors" if safetensors else "pytorch_model.bin")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ConversionError, match=r"cannot read .* It is truncated"):
+        from_released(source, tmp_path / "ours", **CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": "32"}, "d_model is '32'; expected an integer of at least 1"),
+        ({"d_intermediate": None}, "d_intermediate is None"),
+        ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0"),
+        ({"ssm_cfg": None}, "ssm_cfg is None; expected an object"),
+    ],
+)
+def test_refuses_other_values(tmp_path: Path, change: dict, message: str) -> None:
+    source = write_released(tmp_path / "released", small_config() | change, {})
+    with pytest.raises(ConversionError, match=message):
+        from_released(source, tmp_path / "ours", **CHOICES)
+    (source / "config.json").write_text("[1]")
+    with pytest.raises(ConversionError, match=r"config\.json holds a list"):
+        from_released(source, tmp_path / "ours", **CHOICES)
+
+
+def test_refuses_another_epsilon(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=16, d_model=16, pattern="mamba3", layers={"mamba3": {"head_dim": 8}}, norm_epsilon=1e-6
+    )
+    save_model(LanguageModel(config), tmp_path / "model")
+    with pytest.raises(ConversionError, match=r"norm_epsilon is 1e-06; released code has 1e-05"):
+        to_released(tmp_path / "model", tmp_path / "released")
+
+
+def test_never_writes_over_anything(tmp_path: Path) -> None:
+    config = small_config()
+    source = write_released(tmp_path / "released", config, released_tensors(config))
+    with pytest.raises(ConversionError, match="is a folder that is not empty"):
+        from_released(source, source, **CHOICES)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConversionError, match="is a file"):
+        from_released(source, tmp_path / "file", **CHOICES)
+    (tmp_path / "empty").mkdir()
+    from_released(source, tmp_path / "empty", **CHOICES)
+    with pytest.raises(ConversionError, match="is a folder that is not empty"):
+        to_released(tmp_path / "empty", source)
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """Files may not grow beyond 16 KiB here: both directions fail in the middle of their weights."""
+    resource = pytest.importorskip("resource")
+    config = small_config()
+    source = write_released(tmp_path / "released", config, released_tensors(config))
+    from_released(source, tmp_path / "ours", **CHOICES)
+    before = sorted(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert in (
+        lambda: from_released(source, tmp_path / "out", **CHOICES),
+        lambda: to_released(tmp_path / "ours", tmp_path / "out"),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+        try:
+            with pytest.raises(ConversionError, match=r"cannot write .*out: .*nothing was left there"):
+                convert()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(tmp_path.iterdir()) == before
