@@ -100,9 +100,13 @@ def test_the_demo_runs_and_writes_its_numbers(tmp_path):
 
 
 def test_the_demo_is_of_the_promised_size():
-    from seqmodels.models import LanguageModel
+    from seqmodels.models import LanguageModel, load_config
 
     config = load_train_config(ROOT / "configs" / "train" / "demo.yaml")
-    assert 2e6 < LanguageModel(config.model, device="meta").num_parameters() < 4e6
+    parameters = LanguageModel(config.model, device="meta").num_parameters()
+    assert 2e6 < parameters < 4e6
+    twin = load_config(ROOT / "configs" / "models" / "demo-attention.yaml")
+    assert abs(LanguageModel(twin, device="meta").num_parameters() / parameters - 1) < 0.01
+    assert {"mamba3", "attention"} <= set(config.model.pattern.split())
     assert config.data.source == "stdlib"
     assert config.precision == "float32"
