@@ -48,7 +48,7 @@ def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def kept_storages(function) -> dict[int, int]:  # noqa: ANN001
+def kept_storages(function) -> dict[int, int]:
     """Address and bytes of every storage that ``function`` keeps for its backward."""
     kept: dict[int, int] = {}
 
