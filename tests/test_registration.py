@@ -67,6 +67,16 @@ def _inputs(dtype=torch.float64, bias=True):
     return x, a, b if bias else None
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_second_derivative_is_an_error(backend):
+    """The backward is an op without a gradient of its own: what autograd would make up is wrong."""
+    x, a, b = _inputs()
+    with seqmodels.backend(backend):
+        (gradient,) = torch.autograd.grad(AFFINE(x, a, b, 3)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="test_registration_affine is differentiable once"):
+        torch.autograd.grad(gradient.sum(), a)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradient_equals_autograd(backend, bias):

@@ -228,8 +228,11 @@ class Operator:
             def backward(ctx: Any, *grads: Any) -> Any:
                 saved = iter(ctx.saved_tensors)
                 args = [next(saved) if entry is None else entry[0] for entry in ctx.template]
-                gradients = backward_overload(*grads[:num_grads], *args[:-1], *saved, args[-1])
+                with torch.no_grad():
+                    gradients = backward_overload(*grads[:num_grads], *args[:-1], *saved, args[-1])
                 gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
+                if torch.is_grad_enabled():  # create_graph=True
+                    gradients = _FirstDerivative.apply(name, len(gradients), *gradients, *grads, *ctx.saved_tensors)
                 result: list[Any] = [None] * len(args)
                 for position, gradient in zip(positions, gradients, strict=True):
                     if args[position] is not None:
@@ -245,6 +248,23 @@ class Operator:
             return Gradient.apply(*args)
 
         _library.impl(name, autograd_kernel, "Autograd")
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes gradients on and refuses to differentiate them: they depend on the tensors behind them, but a
+    backward op has no gradient of its own (``once_differentiable`` would take them for constants)."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} is differentiable once, and its gradient was asked for a gradient (create_graph=True); "
+            "leave create_graph out, or write the definition (the op's reference.py) in PyTorch operations"
+        )
 
 
 @contextlib.contextmanager
