@@ -52,4 +52,4 @@ def _panel(axes: Any, members: Sequence[ArmSummary]) -> None:
     axes.axvline(trained, color="black", lw=0.8, ls="--")
     axes.text(trained, 0.3, "longest trained ", fontsize=7, ha="right", rotation=90, va="center")
     axes.set_ylim(-0.15, 1.08)
-    axes.legend(loc="center left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
