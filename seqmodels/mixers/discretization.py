@@ -57,7 +57,7 @@ class Discrete(NamedTuple):
     factor: Tensor
 
 
-def discretize(a: Tensor, dt: Tensor, rule: Discretization, *, softmax_length: int | None = None) -> Discrete:
+def discretize(a: Tensor, dt: Tensor, rule: str, *, softmax_length: int | None = None) -> Discrete:
     r"""The recurrence of x' = A x + B u with steps of dt:
 
     .. code-block:: text
@@ -73,6 +73,7 @@ def discretize(a: Tensor, dt: Tensor, rule: Discretization, *, softmax_length: i
     Args:
         a: (..., 2).
         dt: (...,) broadcasting against a without its last dimension.
+        rule: "zoh", "bilinear" or "softmax".
     """
     a, dt = a.double(), dt.double().unsqueeze(-1)
     z = dt * a
@@ -116,7 +117,7 @@ STEPS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 }
 
 
-def log_uniform(parameter: Tensor, low: float, high: float, activation: Positive) -> None:
+def log_uniform(parameter: Tensor, low: float, high: float, activation: str) -> None:
     """Fills a step-size parameter so that the step is log-uniform in [low, high]."""
     dt = torch.empty_like(parameter).uniform_(math.log(low), math.log(high)).exp()
     parameter.copy_(STEPS[activation][1](dt))

@@ -229,4 +229,6 @@ def _times_outer(powers: list[Tensor], c: Tensor, inner: Tensor, length: int) ->
     rows = c.transpose(0, 1)[:, :, None].expand(-1, -1, blocks, -1).flatten(1, 2)
     rows = _raised([power.mT for power in powers[_BLOCK_BITS:]], rows, index.repeat(c.shape[0]))
     outer = rows.unflatten(1, (c.shape[0], blocks)).transpose(0, 1)  # (R, heads, blocks, N)
-    return (outer @ inner.mT).flatten(2)[..., :length]
+    product = (outer @ inner.mT).flatten(2)
+    # Not a slice: torch 2.13's inductor leaves the gradient behind a dynamic end uninitialised.
+    return product.index_select(2, torch.arange(length, device=c.device))
