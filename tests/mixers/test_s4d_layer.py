@@ -13,6 +13,7 @@ from seqmodels.layout import Layout
 from seqmodels.mixers import S4D, ParameterHint
 from seqmodels.mixers.discretization import discretize
 from seqmodels.models.hints import parameter_hints
+from seqmodels.testing import LawViolation, laws
 
 F64 = torch.float64
 
@@ -212,3 +213,17 @@ def test_packed_documents_wider_than_a_chunk() -> None:
     alone = layer(x[:1, 150:153], state.select(torch.tensor([1])), return_state=True)
     torch.testing.assert_close(packed.y[:1, 150:153], alone.y, rtol=0, atol=1e-12)
     torch.testing.assert_close(packed.state.ssm[1:2], alone.state.ssm, rtol=0, atol=1e-12)
+
+
+def test_causality_law_catches_a_leak_above_rounding() -> None:
+    """Layers that convolve by FFT are held to rounding, not let off."""
+
+    class Leaky(S4D):
+        def forward(self, x, state=None, *, layout=None, return_state=False):
+            output = super().forward(x, state, layout=layout, return_state=return_state)
+            later = F.pad(x[:, 1:], (0, 0, 0, 1))
+            return output._replace(y=output.y + 1e-8 * (later - later.detach()))  # in the gradient alone
+
+    laws.causality(S4D(4, d_state=8))
+    with pytest.raises(LawViolation, match="from outputs before token"):
+        laws.causality(Leaky(4, d_state=8))
