@@ -112,10 +112,17 @@ class Decoder:
         uniform = _draws(len(prompts), max_new_tokens, seed).to(self.device)
         for index in range(max_new_tokens):
             tokens = draw(token_probabilities(logits, sampling, seen), uniform[index])
+            values = torch.where(logits.isfinite().all(1), tokens, -1).tolist()
+            # The host waits for the tokens anyway: that a number was not finite arrives with them.
+            broken = [row for row, token in enumerate(values) if token < 0]
+            if broken:
+                raise ValueError(
+                    f"the logits of prompt {broken[0]} are NaN or infinite at new token {index}: the weights are "
+                    "damaged, or the dtype is too narrow for this model (try float32)"
+                )
+            yield [None if done else token for token, done in zip(values, finished, strict=True)]
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
-            values = tokens.tolist()
-            yield [None if done else token for token, done in zip(values, finished, strict=True)]
             for row, token in enumerate(values):
                 finished[row] = finished[row] or token in stop_ids
             if all(finished) or index + 1 == max_new_tokens:

@@ -59,7 +59,8 @@ def token_probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None 
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
+    # The difference first, and no divisor that float32 rounds to zero: 0 / 0 and inf - inf are not probabilities.
+    logits = (logits - logits.amax(1, keepdim=True)) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         kept = logits.topk(sampling.top_k, dim=1).indices
         logits = torch.full_like(logits, -math.inf).scatter_(1, kept, logits.gather(1, kept))

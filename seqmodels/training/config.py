@@ -140,4 +140,15 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
         raise ConfigError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is more than steps={config.steps}; lower it"
         )
+    decay_steps = config.schedule.decay_steps
+    if decay_steps is not None and config.schedule.name != "wsd":
+        raise ConfigError(
+            f"schedule.decay_steps={decay_steps} belongs to schedule.name=wsd; {config.schedule.name!r} falls over the "
+            "whole run. Leave it out, or set schedule.name=wsd"
+        )
+    if decay_steps is not None and config.schedule.warmup_steps + decay_steps > config.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} and schedule.decay_steps={decay_steps} are together "
+            f"more than steps={config.steps}; lower one of them"
+        )
     return config

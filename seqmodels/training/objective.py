@@ -18,4 +18,4 @@ class Objective(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """What to differentiate, and the mean cross-entropy in nats for each token."""
         output = self.model.loss(tokens, targets, layout=layout)
-        return output.loss, output.cross_entropy / output.num_targets
+        return output.loss, output.cross_entropy / output.num_targets.clamp(min=1)

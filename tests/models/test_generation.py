@@ -123,6 +123,15 @@ def test_wrong_requests_are_refused() -> None:
         Decoder(model, prefill_chunk=0)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), SAMPLING])
+def test_logits_that_are_not_finite_are_refused(sampling: Sampling) -> None:
+    model = hybrid()
+    with torch.no_grad():
+        model.head_weight[3] = torch.nan
+    with pytest.raises(ValueError, match="the logits of prompt 0 are NaN or infinite at new token 0"):
+        generate(model, [[1, 2]], max_new_tokens=3, sampling=sampling)
+
+
 @pytest.mark.gpu
 def test_a_captured_step_is_the_step() -> None:
     model = hybrid(dtype=torch.float32).cuda().eval()

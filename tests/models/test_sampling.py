@@ -68,3 +68,9 @@ def test_draws_follow_the_probabilities() -> None:
 def test_wrong_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    logits = torch.tensor([[3.0, 100.0, 1.0]])
+    for temperature in (1e-30, 1e-40, 1e-60):
+        assert token_probabilities(logits, Sampling(temperature=temperature)).tolist() == [[0.0, 1.0, 0.0]]

@@ -50,6 +50,8 @@ def test_overrides_are_typed_yaml(path):
         ("batch_size=5 ", None),
         ("accumulation=3", "batch_size=4 is not divisible by accumulation=3"),
         ("schedule.warmup_steps=9", "warmup_steps=9 is more than steps=8"),
+        ("schedule.decay_steps=3", "schedule.decay_steps=3 belongs to schedule.name=wsd"),
+        ("schedule={name: wsd, warmup_steps: 4, decay_steps: 5}", "are together more than steps=8"),
         ("model.pattern=gated_con swiglu", "Did you mean gated_conv?"),
     ],
 )
