@@ -1,0 +1,119 @@
+"""The page of a results folder: tables and curves made from its rows alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evals.lra.published import PUBLISHED, TASKS, TITLES, published
+from evals.lra.rows import SUITE, Finished, collect
+from evals.results import markdown_table, read
+
+
+def write_report(target: Path, folders: Sequence[Path]) -> Path:
+    """Writes ``target/README.md`` and a figure a task from the rows of all ``folders``.
+
+    Raises:
+        FileNotFoundError: no finished run in them.
+    """
+    runs = collect(read(*folders))
+    if not runs:
+        where = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"no finished {SUITE} runs in {where}; run TASK --config NAME --out DIR first")
+    target.mkdir(parents=True, exist_ok=True)
+    lines = ["# Long Range Arena", "", *_origin(runs)]
+    for task in dict.fromkeys(run.task for run in runs):
+        lines += _task(task, [run for run in runs if run.task == task], target)
+    lines += [
+        "## Published, test accuracy in %",
+        "",
+        *markdown_table(["model", *TITLES], ([name, *(published(name, task) for task in TASKS)] for name in PUBLISHED)),
+        "",
+    ]
+    path = target / "README.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _origin(runs: Sequence[Finished]) -> Iterator[str]:
+    machines, commits = (sorted({run.row[name] for run in runs}) for name in ("machine", "commit"))
+    yield (
+        "Measured by `python -m evals.lra TASK --config NAME --out DIR` and `python -m evals.lra baselines TASK --out "
+        f"DIR`, page by `--report DIR`. {'; '.join(machines)}. Commit {', '.join(commits)}."
+    )
+    yield ""
+    yield (
+        "Test accuracy in % at the epoch that validates best (Text has no validation split: its epoch is chosen by "
+        "test, as in all published numbers)."
+    )
+    yield ""
+
+
+def _task(task: str, runs: list[Finished], target: Path) -> Iterator[str]:
+    trained = [run for run in runs if run.seed is not None]
+    yield from (f"## {task}", "")
+    if trained:
+        figure = f"{task}.png"
+        _draw(task, runs, target / figure)
+        yield from (f"![accuracy over epochs]({figure})", "")
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        own = [run for run in runs if run.arm == arm]
+        parameters = own[0].about.get("parameters")
+        rows.append(
+            [
+                arm + (" (local control)" if own[0].about.get("role") == "local" else ""),
+                "" if parameters is None else f"{parameters:,}",
+                f"{statistics.mean(run.test for run in own):.2f}",
+                ", ".join(f"{run.test:.2f}" for run in own),
+                published(own[0].about.get("published"), task),
+            ]
+        )
+    yield from markdown_table(["model", "parameters", "mean of seeds", "every seed", "published"], rows)
+    yield ""
+    yield from _locality(trained)
+
+
+def _locality(runs: list[Finished]) -> Iterator[str]:
+    """How much of a score the best model that sees a short neighbourhood only has too."""
+    local = {run.arm for run in runs if run.about.get("role") == "local"}
+    if not local or len(local) == len({run.arm for run in runs}):
+        return
+    means = {
+        arm: statistics.mean(run.test for run in runs if run.arm == arm) for arm in dict.fromkeys(r.arm for r in runs)
+    }
+    control = max(local, key=means.__getitem__)
+    yield f"Over the best local control ({control}, {means[control]:.2f}):"
+    yield ""
+    for arm, value in means.items():
+        if arm not in local:
+            yield f"* {arm}: {value - means[control]:+.2f}"
+    yield ""
+
+
+def _draw(task: str, runs: list[Finished], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.4), dpi=110)
+    colors: dict[str, str] = {}
+    for run in runs:
+        new = run.arm not in colors
+        color = colors.setdefault(run.arm, f"C{len(colors)}")
+        label = run.arm if new else None
+        if run.seed is None:
+            axes.axhline(run.test, color=color, ls="--", lw=1, label=label)
+            continue
+        history = run.about["history"]
+        scores = [100 * row["selection"][0] for row in history]
+        axes.plot([row["epoch"] for row in history], scores, color=color, marker="o", ms=3, lw=1, label=label)
+    axes.set(title=task, xlabel="epoch", ylabel="accuracy, % (validation; dashed: test)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,81 @@
+"""Small anti-aliased pictures: lines and discs drawn at twice the resolution, then reduced by a Lanczos filter.
+
+Everything is rounded to 8 bits as an image library would, so that a picture depends on nothing but arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+
+ANTIALIAS = 2
+_LOBES = 3
+
+
+def direction(degrees: float) -> tuple[float, float]:
+    """(y, x) of the unit vector at an angle: (sin, cos)."""
+    angle = math.radians(degrees)
+    return math.sin(angle), math.cos(angle)
+
+
+def round_up(value: float) -> int:
+    """Ceiling; what differs from an integer by rounding error is that integer."""
+    return math.ceil(round(value, 9))
+
+
+@functools.cache
+def disc(radius: int) -> np.ndarray:
+    """(points, 2) offsets (y, x) with y^2 + x^2 <= radius^2."""
+    side = np.arange(-radius, radius + 1)
+    y, x = np.meshgrid(side, side, indexing="ij")
+    inside = y**2 + x**2 <= radius**2
+    return np.stack([y[inside], x[inside]], 1)
+
+
+def line(side: int, end: tuple[int, int], width: int) -> np.ndarray:
+    """(side, side) bool: a line ``width`` pixels thick from the middle to the pixel ``middle + end``."""
+    picture = np.zeros((side, side), dtype=bool)
+    middle = side // 2
+    if width == 1:
+        steps = max(abs(end[0]), abs(end[1]), 1)
+        for step in range(steps + 1):
+            y, x = (math.floor(part * step / steps + 0.5) for part in end)
+            picture[middle + y, middle + x] = True
+        return picture
+    length = math.hypot(*end)
+    uy, ux = end[0] / length, end[1] / length
+    y, x = np.meshgrid(np.arange(side) - middle, np.arange(side) - middle, indexing="ij")
+    along, across = y * uy + x * ux, y * ux - x * uy
+    # Half a pixel at either end: a line's end points are drawn whole.
+    return (along > -0.5) & (along < length + 0.5) & (np.abs(across) <= width / 2)
+
+
+def dilate(picture: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """True where ``picture`` is at any of ``offsets`` away (a disc: symmetric)."""
+    margin = int(np.abs(offsets).max(initial=0))
+    padded = np.pad(picture, margin)
+    height, width = picture.shape
+    result = np.zeros_like(picture)
+    for y, x in offsets:
+        result |= padded[margin + y : margin + y + height, margin + x : margin + x + width]
+    return result
+
+
+def reduce(picture: np.ndarray) -> np.ndarray:
+    """(2 n + 1 or 2 n) square picture in [0, 255] to 8 bits at half the size, rounded up: (n + 1 or n) square."""
+    small = (picture.shape[0] + 1) // ANTIALIAS
+    weights = _lanczos(picture.shape[0], small)
+    rows = np.clip(np.floor(picture @ weights.T + 0.5), 0, 255)
+    return np.clip(np.floor(weights @ rows + 0.5), 0, 255)
+
+
+@functools.cache
+def _lanczos(size: int, small: int) -> np.ndarray:
+    """(small, size) weights of a windowed sinc of three lobes, stretched by size / small."""
+    scale = size / small
+    centers = (np.arange(small) + 0.5) * scale
+    distance = (np.arange(size) + 0.5 - centers[:, None]) / scale
+    weights = np.where(np.abs(distance) < _LOBES, np.sinc(distance) * np.sinc(distance / _LOBES), 0.0)
+    return weights / weights.sum(1, keepdims=True)
