@@ -50,7 +50,8 @@ class KernelSpec:
         name: ``<op>.<what it computes>``, unique: ``"short_conv.backward"``.
         function: the ``@triton.jit`` function.
         signature: type of every argument that is not constexpr, in Triton's notation; ``{dtype}``
-            stands for the inputs' dtype, and the tile's and variant's constants may stand in it too: ``"*{dtype}"``, ``"*fp32"``, ``"*i64"``, ``"i64"``, ``"fp32"``.
+            stands for the inputs' dtype, and the tile's and variant's constants may stand in it too:
+            ``"*{dtype}"``, ``"*fp32"``, ``"*i64"``, ``"i64"``, ``"fp32"``.
             Pointers are taken to be aligned to 16 bytes, as Triton sees them at a launch.
         tiles: every shipped configuration. Without ``choose`` the first one is the default.
         variants: values of the other constexpr arguments: representative head sizes and flags, the
