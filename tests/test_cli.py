@@ -50,7 +50,7 @@ def test_an_unknown_command_is_refused_with_the_nearest() -> None:
 def test_info_prints_the_account_of_a_config() -> None:
     output = run("info", str(CONFIGS / "demo-hybrid.yaml"), "vocab_size=300", "--length", "100")
     assert f"{300 * 192:,}" in output
-    assert "linear_attention" in output
+    assert "mamba3" in output
     assert "one sequence of 100 tokens" in output
 
 
