@@ -251,7 +251,7 @@ class Trainer:
             changed = differences(json.loads(path.read_text()), about)
             if changed:
                 raise DataError(
-                    f"{self.folder} holds another run ({'; '.join(changed)}, there against wanted); choose another --out"
+                    f"{self.folder} holds another run ({'; '.join(changed)}, there against wanted); give another --out"
                 )
             remove_leftovers(self._checkpoints)
             return

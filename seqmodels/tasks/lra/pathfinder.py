@@ -171,7 +171,9 @@ class _Canvas:
     def _placed(self, window: np.ndarray, center: tuple[int, int]) -> _Window:
         side, half = self.settings.side, window.shape[0] // 2
         inside = [(max(0, part - half), min(side, part + half + 1)) for part in center]
-        cut = tuple(slice(low - part + half, high - part + half) for part, (low, high) in zip(center, inside, strict=True))
+        cut = tuple(
+            slice(low - part + half, high - part + half) for part, (low, high) in zip(center, inside, strict=True)
+        )
         return _Window(window[cut] / 255, (slice(*inside[0]), slice(*inside[1])))
 
     def circle(self, pivot: tuple[float, float]) -> np.ndarray:

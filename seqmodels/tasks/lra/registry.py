@@ -12,7 +12,8 @@ from seqmodels.configuration import ConfigError, nearest
 from seqmodels.tasks.lra import listops, shards
 from seqmodels.tasks.lra.digits import load_digits
 from seqmodels.tasks.lra.examples import Examples, Pixels
-from seqmodels.tasks.lra.makers import make_listops
+from seqmodels.tasks.lra.loaders import RETRIEVAL_LENGTH, TEXT_LENGTH, load_image, load_retrieval, load_text
+from seqmodels.tasks.lra.makers import make_listops, make_pathfinder
 
 
 class TaskData(NamedTuple):
@@ -120,12 +121,50 @@ def _listops(name: str, lengths: listops.Lengths, sizes: tuple[int, int, int], s
     return Task("ListOps", 10, length, load, generated=plan)
 
 
+def _pathfinder(side: int, shard_size: int) -> Task:
+    """Shards in the order of generation: the first 80 % for training, then 10 % each."""
+    name, count = f"pathfinder{side}", 200_000
+    plan = Generated(make_pathfinder, {"task": "pathfinder", "side": side, "seed": 0}, count, shard_size)
+
+    def load(folder: Path) -> TaskData:
+        everything = _load_generated(name, folder, plan)
+        train, validation = count * 8 // 10, count * 9 // 10
+        return TaskData(
+            everything.select(0, train),
+            everything.select(train, validation),
+            everything.select(validation, count),
+            None,
+        )
+
+    title = "Path-X" if side == 128 else "Pathfinder"
+    return Task(title, 2, side * side, load, pixels=Pixels(0.5, 0.5), generated=plan)
+
+
 def _digits(folder: Path) -> TaskData:
     return TaskData(*load_digits(), None)
 
 
+def _text(folder: Path) -> TaskData:
+    splits, vocab_size = load_text(folder)
+    return TaskData(*splits, vocab_size)
+
+
+def _retrieval(folder: Path) -> TaskData:
+    splits, vocab_size = load_retrieval(folder)
+    return TaskData(*splits, vocab_size)
+
+
+def _image(folder: Path) -> TaskData:
+    return TaskData(*load_image(folder), None)
+
+
 TASKS: dict[str, Task] = {
     "listops": _listops("listops", listops.Lengths(), (96_000, 2000, 2000), 1000),
+    "text": Task("Text", 2, TEXT_LENGTH, _text, selection="test"),
+    "retrieval": Task("Retrieval", 2, RETRIEVAL_LENGTH, _retrieval, sequences=2),
+    "image": Task("Image", 10, 1024, _image, pixels=Pixels(122.6 / 255, 61 / 255)),
+    "pathfinder32": _pathfinder(32, 1000),
+    "pathfinder128": _pathfinder(128, 250),
     "listops-256": _listops("listops-256", listops.Lengths(100, 256), (16_000, 1000, 2000), 1000),
     "digits": Task("digits", 10, 64, _digits, pixels=Pixels(0.3, 0.37)),
 }

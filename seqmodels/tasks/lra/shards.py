@@ -107,6 +107,18 @@ def load(folder: Path, settings: dict[str, Any], how: str) -> Examples:
     return join([_read(_path(folder, shard), size) for shard, size in enumerate(sizes)])
 
 
+def read_shard(folder: Path, shard: int) -> Examples:
+    """One shard of a generation, finished or not.
+
+    Raises:
+        DataError: not there, or damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not _path(folder, shard).exists():
+        raise DataError(f"{folder} has no {_path(folder, shard).name}")
+    return _read(_path(folder, shard), _sizes(manifest["count"], manifest["shard_size"])[shard])
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of ``folder``; None where there is none."""
     path = folder / MANIFEST
