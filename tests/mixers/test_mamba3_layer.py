@@ -161,5 +161,7 @@ def test_bad_states() -> None:
         layer(x, layer.init_state(3))
     with pytest.raises(ValueError, match=r"float64"):
         layer(x, layer.init_state(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="expected 2 contiguous rows"):
+    with pytest.raises(ValueError, match=r"'angle' is \(3, .* expected \(2, "):
         layer.step(x[:, 0], layer.init_state(3))
+    with pytest.raises(TypeError, match="Mamba2State; expected Mamba3State"):
+        layer.step(x[:, 0], other.init_state(2))  # type: ignore[arg-type]

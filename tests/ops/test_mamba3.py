@@ -476,7 +476,14 @@ def test_mixed_dtypes() -> None:
 def test_step_refuses_another_state() -> None:
     projection, weights = step_arguments(None)
     projected, dt_bias = torch.randn(2, sum(projection.widths), dtype=torch.float64), torch.zeros(4)
-    with pytest.raises(ValueError, match=r"'angle' .* expected 2 contiguous rows"):
+    with pytest.raises(ValueError, match=r"'angle' is \(3, 4, 2\) .* expected \(2, 4, 2\) torch\.float64"):
         mamba3_step(projected, zero_state(projection, 3), projection, dt_bias=dt_bias, **weights)
     with pytest.raises(ValueError, match="projected has shape"):
         mamba3_step(projected[:, 1:], zero_state(projection, 2), projection, dt_bias=dt_bias, **weights)
+    # Sizes whose products agree: head_dim 6 and d_state 8 the other way round.
+    whole = zero_state(projection, 2)
+    swapped = Mamba3State(whole.angle, torch.zeros(2, 4, 8, 6, dtype=torch.float64), whole.k, whole.v)
+    with pytest.raises(ValueError, match=r"'ssm' is \(2, 4, 8, 6\) .* expected \(2, 4, 6, 8\)"):
+        mamba3_step(projected, swapped, projection, dt_bias=dt_bias, **weights)
+    with pytest.raises(TypeError, match="state is tuple; expected Mamba3State"):
+        mamba3_step(projected, tuple(torch.zeros(2) for _ in range(4)), projection, dt_bias=dt_bias, **weights)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from seqmodels import Layout
 from seqmodels.backends import BackendUnavailable, missing
 from seqmodels.ops.extension import capability, capability_name
 from seqmodels.ops.mamba3 import Mamba3State, Projection, mamba3, mamba3_step
+from seqmodels.testing import poisoned
 
 FLOAT32_BOUND = 5e-6
 pytestmark = pytest.mark.skipif(missing("cpu") is not None, reason=str(missing("cpu")))
@@ -152,6 +153,29 @@ def test_slices_of_a_projection_are_not_copied() -> None:
         sliced = mamba3(*token[:8], **weights)
         copied = mamba3(*(tensor.contiguous() for tensor in token[:8]), **weights)
     assert torch.equal(sliced[0], copied[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head_dim", "d_state", "angles", "ranks"), [(1, 1, 0, None), (63, 33, 16, None), (65, 17, 8, 3), (7, 5, 2, 4)]
+)
+def test_every_element_is_written(
+    head_dim: int, d_state: int, angles: int, ranks: int | None, dtype: torch.dtype, level: str
+) -> None:
+    """Fresh memory holds NaN, and heads are no whole number of vectors: none of it may reach a result."""
+    for length in (1, 2, 65):
+        sizes = dict(length=length, heads=3, groups=3, head_dim=head_dim, d_state=d_state, angles=angles)
+        inputs = make_inputs(**sizes, ranks=ranks, norm=True, dtype=torch.float32)
+        for name in ("x", "b", "c", "z"):
+            inputs[name] = inputs[name].to(dtype)
+        layout = Layout.packed([[1] * min(length, 3), [length]], length, capacity=6)
+        for options in (dict(layout=None), dict(layout=layout, pairing="half")):
+            state = make_state(inputs, 2 if options["layout"] is None else 6)
+            with poisoned(), capability(level):
+                found = run("cpu", inputs, state, options)
+            for name, value in found.items():
+                assert value.isfinite().all(), (name, length)
 
 
 def test_float64_is_refused_by_name() -> None:

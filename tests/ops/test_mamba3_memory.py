@@ -100,3 +100,17 @@ def test_peak_of_training(ranks: int) -> None:
     command = [sys.executable, "-c", PEAK, str(Path(__file__).parent), str(length), str(ranks)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert int(found.stdout) + present <= 1.3 * (2 * present + states)
+
+
+@pytest.mark.parametrize("ranks", [None, 4])
+def test_a_step_allocates_its_results_alone(ranks: int | None) -> None:
+    """The two projections' rows and the gated one: no scratch, no copy of a weight or of the state."""
+    layer = Mamba3(64, d_state=32, head_dim=16, mimo_rank=ranks, out_norm=True)
+    state, x, width = layer.init_state(3), torch.randn(3, 64), sum(layer.projection.widths)
+    with seqmodels.backend("cpu"):
+        layer.step(x, state)  # scratch grows once
+        with torch.profiler.profile(profile_memory=True) as profile:
+            layer.step(x, state)
+    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+    rows = [(4 * 3 * n + 63) // 64 * 64 for n in (width, 128, 64)]  # the allocator rounds to 64 bytes
+    assert allocated == rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqmodels.ops.mamba3.op import Mamba3State
+from seqmodels.ops.mamba3.op import Mamba3State, state_shapes
 from seqmodels.ops.mamba3.projection import Projection
 from seqmodels.ops.registration import Operator, state_dtype
 
@@ -43,19 +43,24 @@ def mamba3_step(
         (batch, heads * head_dim) of projected's dtype, ready for the output projection.
 
     Raises:
-        ValueError: a projected token or state of another size, or a state that is not contiguous.
+        ValueError: a projected token or state of another size or dtype, or a state that is not contiguous.
+        TypeError: a state of another layer.
     """
     width = sum(projection.widths)
     if projected.dim() != 2 or projected.shape[-1] != width:
         raise ValueError(f"mamba3_step: projected has shape {tuple(projected.shape)}; expected (batch, {width})")
     wide = state_dtype(projected.dtype)
+    if not isinstance(state, Mamba3State):
+        raise TypeError(f"mamba3_step: state is {type(state).__name__}; expected Mamba3State")
+    p = projection
+    shapes = state_shapes(projected.shape[0], p.num_heads, p.head_dim, p.d_state, p.ranks, p.angles)
     fields = [state.angle, state.ssm, state.k, state.v]
-    for name, tensor in zip(("angle", "ssm", "k", "v"), fields, strict=True):
-        if tensor.dtype != wide or tensor.shape[0] != projected.shape[0] or not tensor.is_contiguous():
+    for (name, shape), tensor in zip(shapes.items(), fields, strict=True):
+        if tensor.shape != shape or tensor.dtype != wide or not tensor.is_contiguous():
             contiguous = "" if tensor.is_contiguous() else ", not contiguous"
             raise ValueError(
-                f"mamba3_step: state field {name!r} is {tuple(tensor.shape)} {tensor.dtype}{contiguous}; expected "
-                f"{projected.shape[0]} contiguous rows of {wide}"
+                f"mamba3_step: state field {name!r} is {tuple(tensor.shape)} {tensor.dtype}{contiguous}; "
+                f"expected {shape} {wide}, contiguous"
             )
     parameters = (dt_bias, b_weight, c_weight, b_bias, c_bias, skip, mimo_x, mimo_z, mimo_o, norm_weight)
     return _operator(
