@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def transfer_error(eigenvalues: Tensor, vectors: Tensor, inverse: Tensor) -> flo
 def _frequencies(eigenvalues: Tensor) -> Tensor:
     """Zero, +-[1e-3, 10 max|lambda|] log-spaced, and every resonance with its neighbourhood, ascending."""
     largest = float(eigenvalues.abs().max().clamp_min(1.0))
-    spread = torch.logspace(-3, torch.tensor(10 * largest).log10().item(), 2000, dtype=torch.float64, device="cpu")
+    spread = torch.logspace(-3, math.log10(10 * largest), 2000, dtype=torch.float64, device="cpu")
     near = torch.linspace(-4, 4, 81, dtype=torch.float64, device="cpu")
     peaks = eigenvalues.imag[:, None] + eigenvalues.real.abs()[:, None] * near
     grid = torch.cat((spread.new_zeros(1), spread, -spread, peaks.flatten()))

@@ -124,6 +124,15 @@ class Attention(Mixer):
             after = AttentionState(*append_to_cache(state.key, state.value, state.position, k, v, layout=layout))
         return MixerOutput(self.out_proj(y.flatten(-2)), after)
 
+    def check_room(self, state: AttentionState) -> None:
+        """Refuses a step into a full cache. Reads the position, so it is for eager code on the CPU."""
+        capacity = self._capacity_of(state)
+        if (self.window is None or capacity < self.window) and int(state.position.amax()) >= capacity:
+            raise ValueError(
+                f"{type(self).__name__}: {int(state.position.amax())} tokens are in a cache of {capacity}, so it is "
+                "full; nothing was changed. Make the state with a larger max_length"
+            )
+
     @torch.no_grad()
     def step(self, x_t: Tensor, state: AttentionState) -> Tensor:
         qk, v = self.project(x_t)

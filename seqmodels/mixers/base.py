@@ -76,6 +76,13 @@ class Mixer(nn.Module):
         reads nothing on the host, so that it can be captured in a CUDA graph."""
         raise NotImplementedError
 
+    def check_room(self, state: Any) -> None:
+        """Refuses a step for which a bounded state has no slot left, before anything is written.
+
+        A model asks all its layers before the first of them steps, so that a refused token leaves
+        the whole state as it was. Layers whose state is not bounded by a length keep this.
+        """
+
     def init_state(
         self,
         batch_size: int,

@@ -87,6 +87,12 @@ class Block(nn.Module):
         """The layers of the branch in order."""
         return self.layer.members() if isinstance(self.layer, Branch) else [self.layer]
 
+    def check_room(self, state: Any) -> None:
+        """Asks every layer of the branch (:meth:`Mixer.check_room`)."""
+        states = state.layers if isinstance(self.layer, Branch) else (state,)
+        for layer, layer_state in zip(self.layers(), states, strict=True):
+            layer.check_room(layer_state)
+
     def step(self, h_t: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         x_t = self.norm(h_t) if self.norm_first else h_t
         h_t = h_t + self.layer.step(x_t.to(dtype), state)

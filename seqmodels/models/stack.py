@@ -122,6 +122,9 @@ class Stack(nn.Module):
     def step(self, h_t: Tensor, state: ModelState) -> Tensor:
         """One token for each row: (batch, d_model) to the same shape; ``state`` is updated in place."""
         self._check_state(state)
+        if h_t.device.type == "cpu" and not torch.compiler.is_compiling():
+            for index, block_state in zip(self.order, state.layers, strict=True):
+                self._block(index).check_room(block_state)
         dtype = h_t.dtype
         if self.config.residual_in_float32:
             h_t = h_t.to(state_dtype(dtype))

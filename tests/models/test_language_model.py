@@ -416,3 +416,21 @@ def test_rows_of_a_state_can_be_picked_and_repeated() -> None:
     for index, row in enumerate(rows.tolist()):
         alone = model(ids[row : row + 1], model.init_state(1, max_length=12), return_state=True).state
         close(picked[index], model.step(following[index : index + 1], alone)[0])
+
+
+def test_a_step_that_does_not_fit_changes_no_layer() -> None:
+    config = ModelConfig(
+        vocab_size=11,
+        d_model=16,
+        pattern="mamba3 attention swiglu",
+        layers={"mamba3": {"d_state": 8, "head_dim": 8}, "attention": {"num_heads": 2}},
+    )
+    model = LanguageModel(config)
+    state = model.init_state(2, max_length=3)
+    for _ in range(3):
+        model.step(torch.tensor([1, 2]), state)
+    before = state.clone()
+    with pytest.raises(ValueError, match=r"3 tokens are in a cache of 3.*larger max_length"):
+        model.step(torch.tensor([1, 2]), state)
+    for (name, left), (_, right) in zip(state.tensors(), before.tensors(), strict=True):
+        assert torch.equal(left, right), name
