@@ -155,6 +155,20 @@ def test_slices_of_a_projection_are_not_copied() -> None:
     assert torch.equal(sliced[0], copied[0])
 
 
+def test_phase_is_summed_without_loss() -> None:
+    """64K tokens, whole and behind another document: the float32 phase is the float64 one, rounded once."""
+    length, first = 1 << 16, 1000
+    inputs = make_inputs(batch_size=1, length=length, heads=1, head_dim=1, d_state=2, groups=1, angles=1,
+                         dt_scale=0.2, dtype=torch.float32)  # fmt: skip
+    increments = (inputs["dt"].double() * inputs["rate"].double()).flatten()
+    with seqmodels.backend("cpu"):
+        _, whole = mamba3(**inputs)
+        _, packed = mamba3(**inputs, layout=Layout.packed([[first, length - first]], length))
+    for angle, phase in ((whole.angle[0], increments.sum()), (packed.angle[1], increments[first:].sum())):
+        distance = torch.remainder(angle.double() - phase + torch.pi, 2 * torch.pi) - torch.pi
+        assert distance.abs().max() <= torch.pi * 2.0**-23
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
