@@ -241,11 +241,8 @@ class Trainer:
         self._losses = found.trainer["losses"]
 
     def _claim(self) -> None:
-        """The folder is this run's: the same settings, on as many examples."""
-        about = {
-            "run": msgspec.to_builtins(self.run),
-            "examples": [len(part) for part in (self.data.train, self.data.validation, self.data.test)],
-        }
+        """The folder is this run's: the same settings, on the same data."""
+        about = {"run": json.loads(msgspec.json.encode(self.run)), "data": self.data.digest}
         path = self.folder / "run.json"
         if path.exists():
             changed = differences(json.loads(path.read_text()), about)

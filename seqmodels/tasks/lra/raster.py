@@ -53,14 +53,12 @@ def line(side: int, end: tuple[int, int], width: int) -> np.ndarray:
 
 
 def dilate(picture: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """True where ``picture`` is at any of ``offsets`` away (a disc: symmetric)."""
+    """True at every one of ``offsets`` from a True pixel; what falls outside is cut off."""
     margin = int(np.abs(offsets).max(initial=0))
-    padded = np.pad(picture, margin)
-    height, width = picture.shape
-    result = np.zeros_like(picture)
-    for y, x in offsets:
-        result |= padded[margin + y : margin + y + height, margin + x : margin + x + width]
-    return result
+    result = np.zeros([side + 2 * margin for side in picture.shape], dtype=bool)
+    reached = np.argwhere(picture)[:, None] + offsets + margin
+    result[reached[..., 0], reached[..., 1]] = True
+    return result[margin : margin + picture.shape[0], margin : margin + picture.shape[1]]
 
 
 def reduce(picture: np.ndarray) -> np.ndarray:
