@@ -1,6 +1,6 @@
 """One run: train, choose the epoch by validation, test; stop in time and go on later.
 
-The run's folder holds ``run.json`` (what it is), ``metrics.jsonl`` (a row an epoch) and ``checkpoints``.
+The run's folder holds ``run.json`` (what it is), ``history.json`` (an entry an epoch) and ``checkpoints``.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Trainer:
         )  # fmt: skip
         about = msgspec.json.encode(self.run).decode()
         save_checkpoint(self._checkpoints, self.step, state, about, self.here, keep=1)
-        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        (self.folder / "history.json").write_text(json.dumps(self.history, indent=1))
 
     def _restore(self, path: Path) -> None:
         found = load_checkpoint(path, self.model.state_dict(), self.here)
