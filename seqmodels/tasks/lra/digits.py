@@ -20,9 +20,9 @@ def load_digits() -> tuple[Examples, Examples, Examples]:
         raise ModuleNotFoundError(
             "the task 'digits' reads scikit-learn's data: pip install scikit-learn (the extra 'eval')"
         ) from error
-    data = load()
-    images = np.rint(data.data * (255 / 16)).astype(np.uint8)
-    labels = data.target.astype(np.int64)
+    values, targets = (np.asarray(part) for part in load(return_X_y=True))
+    images = np.rint(values * (255 / 16)).astype(np.uint8)
+    labels = targets.astype(np.int64)
     order = permutation(SEED, count=len(labels))
     parts = np.split(order, [len(order) - VALIDATION - TEST, len(order) - TEST])
     found = []

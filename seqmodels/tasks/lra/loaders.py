@@ -169,7 +169,7 @@ def _saved(path: Path, columns: tuple[str, ...], splits: tuple[str, ...]) -> Any
     except ImportError as error:
         raise ModuleNotFoundError(f"{path} needs the datasets package: pip install datasets") from error
     try:
-        table = datasets.load_from_disk(str(path))
+        table: Any = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a whole saved data set ({error}); delete it and save it again") from None
     lacking = [
