@@ -34,10 +34,12 @@ def build(case: Case, device: torch.device) -> Problem:
         ),
         lambda out: out if isinstance(out, Tensor) else out.logits if hasattr(out, "logits") else out[0],
     )
-    return problem_of(case, device, instance, _rivals(case, device))
+    inside = sum(parameter.numel() for parameter in model.backbone.parameters())
+    return problem_of(case, device, instance, _rivals(case, device, inside))
 
 
-def _rivals(case: Case, device: torch.device) -> Iterator[Any]:
+def _rivals(case: Case, device: torch.device, parameters: int) -> Iterator[Any]:
+    """Rivals of a model whose layers hold ``parameters`` in all."""
     made = {"device": device, "dtype": case.torch_dtype}
     other = {"same_function": False}
     if case.layer in ("mamba2", "mamba3"):
@@ -46,19 +48,20 @@ def _rivals(case: Case, device: torch.device) -> Iterator[Any]:
             facts = {**other, "omits": omits}
             yield f"HF Mamba-2 chunk {chunk}", lambda chunk=chunk: _HuggingFaceMamba2(case, chunk).to(**made), facts
     if case.layer != "attention":
-        facts = {**other, "omits": "softmax attention of the same width and depth, not the same function"}
-        yield "sdpa model", lambda: _SdpaModel(case).to(**made), facts
+        depth = max(1, round(parameters / (4 * case.sizes["d_model"] ** 2)))
+        facts = {**other, "omits": f"softmax attention of the same width, {depth} layers for about as many parameters"}
+        yield "sdpa model", lambda: _SdpaModel(case, depth).to(**made), facts
 
 
 class _SdpaModel(nn.Module):
     """Embedding, pre-norm attention blocks, tied head: the plainest transformer of this depth without MLPs."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, depth: int) -> None:
         super().__init__()
         width = case.sizes["d_model"]
         self.embedding = nn.Embedding(case.sizes["vocab_size"], width)
-        self.layers = nn.ModuleList(SdpaLayer(width) for _ in range(case.sizes["layers"]))
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(case.sizes["layers"] + 1))
+        self.layers = nn.ModuleList(SdpaLayer(width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth + 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
