@@ -122,7 +122,8 @@ class Stack(nn.Module):
     def step(self, h_t: Tensor, state: ModelState) -> Tensor:
         """One token for each row: (batch, d_model) to the same shape; ``state`` is updated in place."""
         self._check_state(state)
-        if h_t.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Only where reading a number is free and possible: not while compiling, not on fake tensors.
+        if h_t.device.type == "cpu" and not torch.compiler.is_compiling() and type(h_t) is Tensor:
             for index, block_state in zip(self.order, state.layers, strict=True):
                 self._block(index).check_room(block_state)
         dtype = h_t.dtype
