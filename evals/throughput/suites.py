@@ -51,7 +51,7 @@ def select(available: Sequence[Case], wanted: Sequence[str]) -> list[Case]:
 
 def recurrent_layers() -> list[str]:
     """Causal layers whose state does not grow with the context: cost must be linear in length."""
-    return [name for name in MIXERS.names() if _on_meta(name, constant_state=True)]
+    return [name for name in MIXERS.shipped() if _on_meta(name, constant_state=True)]
 
 
 def layer_options(name: str, d_model: int) -> dict[str, int]:
@@ -114,7 +114,7 @@ def _cpu() -> Iterator[Case]:
         for length in SLOPE_LENGTHS:
             yield _layer(name, "forward", float32, 1, length, 256, 3, rivals=False)
         yield _layer(name, "decode", float32, 1, 1024, 256, 4, rivals=False)
-    for name in MIXERS.names():
+    for name in MIXERS.shipped():
         if _on_meta(name, constant_state=True) or _on_meta(name, constant_state=False):
             yield _layer(name, "forward+backward", float32, 1, 1024, 256, 5, rivals=False)
 

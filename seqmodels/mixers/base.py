@@ -162,6 +162,10 @@ class Registry:
     def names(self) -> list[str]:
         return sorted({*self._paths, *self._classes})
 
+    def shipped(self) -> list[str]:
+        """Names of the library's own layers, without those a user registered."""
+        return sorted(self._paths)
+
     def __contains__(self, name: str) -> bool:
         return name in self._paths or name in self._classes
 
