@@ -22,11 +22,21 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
         "nope": dict(num_heads=2, rotary_fraction=0.0),
     },
+    "kv_shift_attention": {
+        "plain": dict(num_heads=2),
+        "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
+        "gated keys": dict(num_heads=2, shift="k", weights="gate"),
+        "wide": dict(num_heads=2, shift="qkv", weights="clamp", shift_width=4, rotary_fraction=0.0),
+    },
     "linear_attention": {
         "plain": dict(num_heads=2),
         "retention": dict(num_heads=2, key_dim=4, value_dim=6, decay="fixed", normalize=False, gate=True),
         "normalised output": dict(num_heads=2, feature_map="relu", output_norm=True),
         "gated": dict(num_heads=2, decay="data_dependent"),
+    },
+    "prefix_linear_attention": {
+        "plain": dict(num_heads=2, feature_dim=4),
+        "narrow values": dict(num_heads=3, feature_dim=3, value_dim=5, epsilon=1e-6),
     },
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
     "mamba2": {

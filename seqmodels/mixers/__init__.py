@@ -10,7 +10,9 @@ MIXERS = Registry(
     "mixer",
     {
         "attention": "seqmodels.mixers.attention:Attention",
+        "kv_shift_attention": "seqmodels.mixers.kv_shift_attention:KVShiftAttention",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
+        "prefix_linear_attention": "seqmodels.mixers.prefix_linear_attention:PrefixLinearAttention",
         "gated_conv": "seqmodels.mixers.gated_conv:GatedConv",
         "mamba2": "seqmodels.mixers.mamba2:Mamba2",
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",

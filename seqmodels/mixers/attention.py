@@ -114,14 +114,13 @@ class Attention(Mixer):
         if state is not None:
             self.check_state(state, rows, max_length=self._capacity_of(state))
             keys, values, position = state.key, state.value, state.position
-        qk, v = self.project(x)
-        q, k = self.rotate(qk, token_positions(x, position, layout))
+        q, k, v, carried = self.heads(x, token_positions(x, position, layout), state, layout)
         y = attention(q, k, v, window=self.window, layout=layout, key_cache=keys, value_cache=values, position=position)
         after = None
         if return_state:
             if state is None:
                 state = self.init_state(rows, max_length=x.shape[1] if self.window is None else None, device=x.device)
-            after = AttentionState(*append_to_cache(state.key, state.value, state.position, k, v, layout=layout))
+            after = type(state)(*append_to_cache(state.key, state.value, state.position, k, v, layout=layout), *carried)
         return MixerOutput(self.out_proj(y.flatten(-2)), after)
 
     def check_room(self, state: AttentionState) -> None:
@@ -135,8 +134,7 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: AttentionState) -> Tensor:
-        qk, v = self.project(x_t)
-        q, k = self.rotate(qk, state.position)
+        q, k, v = self.step_heads(x_t, state)
         y = attention_step(q, k, v, state.key, state.value, state.position, window=self.window)
         state.position.add_(1)
         return self.out_proj(y.flatten(-2))
@@ -174,6 +172,18 @@ class Attention(Mixer):
         window = length if self.window is None else min(self.window, length)
         pairs = window * (window + 1) // 2 + (length - window) * window
         return super().flops(length) + 4 * self.num_heads * self.head_dim * pairs
+
+    def heads(
+        self, x: Tensor, position: Tensor, state: AttentionState | None, layout: Layout | None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """q and k, rotated, and v of every token, and what a subclass carries in its state beside the cache."""
+        qk, v = self.project(x)
+        return *self.rotate(qk, position), v, ()
+
+    def step_heads(self, x_t: Tensor, state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k, rotated, and v of one token; what a subclass carries is updated in place."""
+        qk, v = self.project(x_t)
+        return *self.rotate(qk, state.position), v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q and k side by side (..., num_heads + num_kv_heads, head_dim), not rotated, and v."""
