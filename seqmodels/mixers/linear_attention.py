@@ -135,16 +135,14 @@ class LinearAttention(Mixer):
     @torch.no_grad()
     def step(self, x_t: Tensor, state: LinearAttentionState) -> Tensor:
         q, k, v, log_decay = self._project(x_t)
-        y = linear_attention_step(
-            q, k, v, log_decay, state.matrix, normalize=self.normalize, epsilon=self.epsilon
-        )
+        y = linear_attention_step(q, k, v, log_decay, state.matrix, normalize=self.normalize, epsilon=self.epsilon)
         return self._output(y, x_t)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(..., d_model) to q, k (..., heads, features), v (..., heads, value_dim), log decay (..., heads)."""
-        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
-        k = self.key_map(self.k_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
+        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim))).to(v.dtype)
+        k = self.key_map(self.k_proj(x).unflatten(-1, (self.num_heads, self.key_dim))).to(v.dtype)
         if self.decay == "none":
             return q, k, v, None
         dtype = state_dtype(x.dtype)  # decays stay out of half precision
