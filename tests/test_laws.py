@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "plain": dict(num_heads=2),
         "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
         "nope": dict(num_heads=2, rotary_fraction=0.0),
+        "bidirectional": dict(num_heads=4, num_kv_heads=2, window=4, bidirectional=True),
     },
     "kv_shift_attention": {
         "plain": dict(num_heads=2),

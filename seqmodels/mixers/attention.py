@@ -23,14 +23,15 @@ class AttentionState(State):
 
 
 class Attention(Mixer):
-    r"""Causal softmax attention.
+    r"""Softmax attention, causal unless told.
 
     .. code-block:: text
 
         q, k, v = split(W_in x);   q, k rotated by their position in the document
         y_i = W_out sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j   over i - window < j <= i
 
-    Query head h reads key head h * num_kv_heads // num_heads. Positions count from a document's
+    With ``bidirectional`` the sum is over |i - j| < window. Query head h reads key head
+    h * num_kv_heads // num_heads. Positions count from a document's
     first token, so that padding and neighbours change nothing.
 
     The state holds keys (rotated) and values in the model's dtype: 2 num_kv_heads head_dim
@@ -44,6 +45,7 @@ class Attention(Mixer):
         head_dim: width of a head; d_model / num_heads when omitted.
         window: visible keys, the token itself included; None: all. What papers call "a keys
             back" (flash-attn's (a, 0)) is ``a + 1`` here.
+        bidirectional: see both ways, ``window - 1`` keys on either side; no state and no step.
         rotary_fraction: part of each head's width that is rotated, its first entries, paired
             half-split (entry i with i + n / 2 of n rotated ones); 0 for no positions (NoPE).
         rotary_base: wavelengths go up to 2 pi times this.
@@ -52,7 +54,7 @@ class Attention(Mixer):
 
     Raises:
         ValueError: sizes below 1, heads that do not divide, a window below 1, a fraction outside
-            [0, 1] or one that rotates an odd number of entries.
+            [0, 1] or one that rotates an odd number of entries; a state or a step of a bidirectional layer.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Attention(Mixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         window: int | None = None,
+        bidirectional: bool = False,
         rotary_fraction: float = 1.0,
         rotary_base: float = 1e4,
         qk_norm: bool = False,
@@ -93,6 +96,9 @@ class Attention(Mixer):
             )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window = window
+        self.bidirectional = bidirectional
+        if bidirectional:
+            self.causality = "bidirectional"  # type: ignore[misc]
         self.rotary_dim, self.rotary_base = rotary_dim, float(rotary_base)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **options)
@@ -109,13 +115,18 @@ class Attention(Mixer):
         return_state: bool = False,
     ) -> MixerOutput:
         self.check_input(x, state, layout)
+        if self.bidirectional and (state is not None or return_state):
+            self._refuse_state("carry a state")
         rows = x.shape[0] if layout is None else layout.num_documents
         keys, values, position = None, None, None
         if state is not None:
             self.check_state(state, rows, max_length=self._capacity_of(state))
             keys, values, position = state.key, state.value, state.position
         q, k, v, carried = self.heads(x, token_positions(x, position, layout), state, layout)
-        y = attention(q, k, v, window=self.window, layout=layout, key_cache=keys, value_cache=values, position=position)
+        y = attention(
+            q, k, v, window=self.window, bidirectional=self.bidirectional, layout=layout,
+            key_cache=keys, value_cache=values, position=position,
+        )  # fmt: skip
         after = None
         if return_state:
             if state is None:
@@ -134,6 +145,8 @@ class Attention(Mixer):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: AttentionState) -> Tensor:
+        if self.bidirectional:
+            self._refuse_state("take single steps")
         q, k, v = self.step_heads(x_t, state)
         y = attention_step(q, k, v, state.key, state.value, state.position, window=self.window)
         state.position.add_(1)
@@ -150,8 +163,11 @@ class Attention(Mixer):
         """An empty cache of ``max_length`` slots, at most ``window``.
 
         Raises:
-            ValueError: without a window ``max_length`` is needed, since the cache never grows.
+            ValueError: without a window ``max_length`` is needed, since the cache never grows; a
+                bidirectional layer has no state.
         """
+        if self.bidirectional:
+            self._refuse_state("carry a state")
         if max_length is None and self.window is None:
             raise ValueError(
                 f"{type(self).__name__} without a window keeps every token, and its state never grows: "
@@ -168,9 +184,15 @@ class Attention(Mixer):
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
+    def state_bytes(self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Exact bytes of the state; 0 for a bidirectional layer, which has none."""
+        return 0 if self.bidirectional else super().state_bytes(context_length, batch_size=batch_size, dtype=dtype)
+
     def flops(self, length: int) -> int:
         window = length if self.window is None else min(self.window, length)
         pairs = window * (window + 1) // 2 + (length - window) * window
+        if self.bidirectional:
+            pairs = 2 * pairs - length  # the same keys ahead; the token itself once
         return super().flops(length) + 4 * self.num_heads * self.head_dim * pairs
 
     def heads(
@@ -201,6 +223,12 @@ class Attention(Mixer):
         q, k = qk.split((self.num_heads, self.num_kv_heads), dim=-2)
         return q, k
 
+    def _refuse_state(self, what: str) -> None:
+        raise ValueError(
+            f"{type(self).__name__}: a bidirectional layer cannot {what}, since outputs depend on later tokens; "
+            "build it with bidirectional=False"
+        )
+
     def _capacity_of(self, state: Any) -> int:
         """The capacity that a given state claims; 1 for what is no such state, which the check refuses."""
         return state.key.shape[2] if isinstance(state, AttentionState) and state.key.dim() == 4 else 1
@@ -208,5 +236,5 @@ class Attention(Mixer):
     def extra_repr(self) -> str:
         return (
             f"{self.d_model}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"window={self.window}, rotary_dim={self.rotary_dim}"
+            f"window={self.window}, bidirectional={self.bidirectional}, rotary_dim={self.rotary_dim}"
         )

@@ -19,6 +19,8 @@ VARIANTS = {
     "full": dict(num_heads=4),
     "window": dict(num_heads=4, window=16),
     "grouped": dict(num_heads=4, num_kv_heads=2, rotary_fraction=0.5, qk_norm=True, bias=True),
+    "both_ways": dict(num_heads=4, num_kv_heads=2, bidirectional=True),
+    "both_ways_window": dict(num_heads=4, window=5, bidirectional=True),
     "one_key_head": dict(num_heads=4, num_kv_heads=1, head_dim=6, window=5, rotary_fraction=0.0),
 }
 
@@ -49,10 +51,11 @@ def by_definition(layer: Attention, x: Tensor) -> Tensor:
     out = torch.zeros(*x.shape[:2], heads, dim, dtype=torch.float64)
     for i in range(x.shape[1]):
         first = 0 if layer.window is None else max(0, i - layer.window + 1)
+        last = i if not layer.bidirectional else x.shape[1] - 1 if layer.window is None else i + layer.window - 1
         for h in range(heads):
             g = h * groups // heads
-            scores = torch.einsum("bd,bjd->bj", q[:, i, h], k[:, first : i + 1, g]) / math.sqrt(dim)
-            out[:, i, h] = torch.einsum("bj,bjd->bd", scores.softmax(-1), v[:, first : i + 1, g])
+            scores = torch.einsum("bd,bjd->bj", q[:, i, h], k[:, first : last + 1, g]) / math.sqrt(dim)
+            out[:, i, h] = torch.einsum("bj,bjd->bd", scores.softmax(-1), v[:, first : last + 1, g])
     y = out.flatten(-2) @ layer.out_proj.weight.T
     return y if layer.out_proj.bias is None else y + layer.out_proj.bias
 
@@ -68,7 +71,7 @@ def test_equation(name: str) -> None:
         torch.testing.assert_close(layer(x).y, by_definition(layer, x), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name, options in VARIANTS.items() if not options.get("bidirectional")])
 def test_512_steps_equal_forward_in_float32(name: str) -> None:
     layer = Attention(32, **VARIANTS[name])
     x = torch.randn(2, 512, 32)
@@ -230,3 +233,23 @@ def test_refused_inputs() -> None:
         layer(torch.randn(2, 6, 31))
     with pytest.raises(ValueError, match="layout is for a grid of"):
         layer(torch.randn(2, 6, 32), layout=Layout.left_padded([5, 5]))
+
+
+def test_a_bidirectional_layer_has_no_state() -> None:
+    layer = Attention(16, num_heads=2, window=3, bidirectional=True)
+    x = torch.randn(2, 5, 16)
+    state = Attention(16, num_heads=2, window=3).init_state(2)
+    for call in (
+        lambda: layer(x, return_state=True),
+        lambda: layer(x, state),
+        lambda: layer.init_state(2, max_length=5),
+        lambda: layer.step(x[:, 0], state),
+    ):
+        with pytest.raises(ValueError, match=r"bidirectional layer cannot .*build it with bidirectional=False"):
+            call()
+    assert layer.state_bytes(100) == 0
+    assert layer.causality == "bidirectional"
+    assert Attention.causality == "causal"
+    # Window 3 of 5 tokens, both ways: 3 + 4 + 5 + 4 + 3 pairs, two products of head_dim each in two heads.
+    projections = 2 * 5 * (16 * 48 + 16 * 16)
+    assert layer.flops(5) == projections + 4 * 16 * 19

@@ -34,11 +34,13 @@ def inputs(heads: int = 4, groups: int = 2, head_dim: int = 8, batch: int = 3, l
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def visible_pairs(layout: Layout | None, batch: int, length: int, window: int | None) -> Tensor:
+def visible_pairs(
+    layout: Layout | None, batch: int, length: int, window: int | None, bidirectional: bool = False
+) -> Tensor:
     """(batch, length, length) bool, from nothing but documents and columns."""
     column = torch.arange(length)
     distance = column[:, None] - column
-    mask = (distance >= 0) & (distance < (window or length))
+    mask = ((distance >= 0) | bidirectional) & (distance.abs() < (window or length))
     mask = mask.expand(batch, length, length)
     if layout is None:
         return mask
@@ -65,12 +67,13 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 7, 64, 149, 1000])
-def test_equals_dense_masked_attention(window: int | None, layout_name: str, backend: str) -> None:
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_equals_dense_masked_attention(bidirectional: bool, window: int | None, layout_name: str, backend: str) -> None:
     layout = LAYOUTS[layout_name]()
     leaves = inputs()
-    expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window))
+    expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window, bidirectional))
     with seqmodels.backend(backend):
-        y = attention(*leaves, window=window, layout=layout)
+        y = attention(*leaves, window=window, bidirectional=bidirectional, layout=layout)
         found = gradients(y, leaves)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, gradients(expected, leaves), rtol=1e-11, atol=1e-11)
@@ -222,7 +225,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("case", ["window", "packed", "packed window", "cache"])
+@pytest.mark.parametrize("case", ["window", "packed", "packed window", "cache", "both ways", "both ways window"])
 def test_memory_is_linear_in_length(case: str) -> None:
     length, heads, head_dim = 2048, 1, 4
     q, k, v, grad = (torch.randn(1, length, heads, head_dim) for _ in range(4))
@@ -231,7 +234,7 @@ def test_memory_is_linear_in_length(case: str) -> None:
     cache = [torch.randn(1, 1, 3000, head_dim)] * 2 if case == "cache" else [None, None]
     position = torch.tensor([900]) if case == "cache" else None
     documents = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (q, k, v, *cache, position, *documents, window, 0.5)
+    arguments = (q, k, v, *cache, position, *documents, window, 0.5, "both ways" in case)
     with LargestTensor() as largest:
         blocked.backward(grad, *arguments, *blocked.forward(*arguments))
     # The longest tensors hold heads x head_dim numbers a token, or one block of queries by its keys.
@@ -288,9 +291,11 @@ def test_registration(dynamic: str) -> None:
     layout = Layout.packed([[8, 12], [5]], capacity=4)
     caches = [torch.randn(4, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     position = torch.tensor([3, 9, 0, 0])
-    arguments = (q, k, v, *caches, position, layout.starts, layout.lengths, 6, 0.3, "torch")
+    arguments = (q, k, v, *caches, position, layout.starts, layout.lengths, 6, 0.3, False, "torch")
     torch.library.opcheck(attention_op._operator.overload, arguments, test_utils=dynamic)
     step = [tensor.detach()[:, 0].contiguous() for tensor in (q, k, v)]
+    both = (q, k, v, None, None, None, layout.starts, layout.lengths, 6, 0.3, True, "torch")
+    torch.library.opcheck(attention_op._operator.overload, both, test_utils=dynamic)
     arguments = (*step, *(cache.detach()[:2].contiguous() for cache in caches), position[:2], 6, 0.3, "auto")
     torch.library.opcheck(attention_op._step_operator.overload, arguments, test_utils=dynamic)
 
@@ -299,10 +304,11 @@ def test_registration(dynamic: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("past", ["none", "cached", "both ways"])
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 1, 40])
-def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_name: str, cached: bool) -> None:
+def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_name: str, past: str) -> None:
+    bidirectional = past == "both ways"
     blocks = []
 
     def uncompiled(*tensors: Tensor, block_mask: flex.BlockMask, **options: object) -> Tensor:
@@ -315,16 +321,16 @@ def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
     layout = LAYOUTS[layout_name]()
     q, k, v = (tensor.detach() for tensor in inputs())
     cache: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if cached:
+    if past == "cached":
         documents = 3 if layout is None else layout.num_documents
         history = torch.randn(documents, 60, 2, 8, dtype=torch.float64)
         seen = [(17 * document) % 60 for document in range(documents)]
         cache = caches_of(history, history - 1, seen, window or 260)
     with torch.no_grad():
-        y = flex.forward(q, k, v, *cache, layout, window, 0.3)
+        y = flex.forward(q, k, v, *cache, layout, window, 0.3, bidirectional)
         with seqmodels.backend("reference"):
             expected = attention(
-                q, k, v, window=window, scale=0.3, layout=layout,
+                q, k, v, window=window, bidirectional=bidirectional, scale=0.3, layout=layout,
                 key_cache=cache[0], value_cache=cache[1], position=cache[2],
             )  # fmt: skip
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
@@ -332,38 +338,39 @@ def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
-@pytest.mark.parametrize("cached", [0, 256])
-def test_flex_skips_only_blocks_without_pairs(window: int | None, cached: int) -> None:
+@pytest.mark.parametrize(("cached", "bidirectional"), [(0, False), (256, False), (0, True)])
+def test_flex_skips_only_blocks_without_pairs(window: int | None, cached: int, bidirectional: bool) -> None:
     layout = Layout.packed([[10, 300, 90], [600], [5, 5, 5]], 640)
     query_document, position = layout.document.flatten(), layout.position.flatten()
     slot_document = torch.randint(-1, 6, (cached,))
     slot_document[slot_document < 0] = -2  # an empty slot
     key_document = torch.cat([slot_document, torch.where(query_document < 0, -2, query_document)])
-    needed = needed_blocks(query_document, key_document, cached, window)
+    needed = needed_blocks(query_document, key_document, cached, window, bidirectional)
     key_position = torch.cat([torch.full((cached,), -1), position])
     distance = position[:, None] - key_position
-    pairs = (query_document[:, None] == key_document) & (distance >= 0)
+    pairs = (query_document[:, None] == key_document) & ((distance >= 0) | bidirectional)
     if window is not None:
-        pairs &= (distance < window) | (key_position < 0)
+        pairs &= (distance.abs() < window) | (key_position < 0)
     blocks = pairs.view(needed.shape[0], flex.BLOCK, needed.shape[1], flex.BLOCK).any(3).any(1)
     assert (needed | ~blocks).all()
-    assert needed.sum() < needed.numel() / (1 if cached else 2)
+    assert needed.sum() < needed.numel() / (1 if cached or bidirectional else 2)
 
 
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 6])
-def test_flash_call(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_name: str) -> None:
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_flash_call(monkeypatch: pytest.MonkeyPatch, bidirectional: bool, window: int | None, layout_name: str) -> None:
     """The package's functions are played by dense attention with their own window convention."""
     layout = LAYOUTS[layout_name]()
 
     def flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, window_size: tuple[int, int]
     ) -> Tensor:
-        assert causal
-        back = window_size[0]
-        return dense(
-            q, k, v, visible_pairs(None, q.shape[0], q.shape[1], None if back < 0 else back + 1), softmax_scale
-        )
+        assert causal != bidirectional
+        back, ahead = window_size
+        assert ahead == (back if bidirectional else 0)
+        mask = visible_pairs(None, q.shape[0], q.shape[1], None if back < 0 else back + 1, not causal)
+        return dense(q, k, v, mask, softmax_scale)
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options):
         assert cu_q.dtype == torch.int32
@@ -381,19 +388,22 @@ def test_flash_call(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     q, k, v = (tensor.detach() for tensor in inputs())
-    y = flash_path.forward(q, k, v, layout, window, 0.3)
-    torch.testing.assert_close(y, dense(q, k, v, visible_pairs(layout, 3, LENGTH, window), 0.3), rtol=1e-12, atol=1e-12)
+    y = flash_path.forward(q, k, v, layout, window, 0.3, bidirectional)
+    mask = visible_pairs(layout, 3, LENGTH, window, bidirectional)
+    torch.testing.assert_close(y, dense(q, k, v, mask, 0.3), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 40])
-def test_gpu_matches_the_definition(window: int | None, layout_name: str) -> None:
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gpu_matches_the_definition(bidirectional: bool, window: int | None, layout_name: str) -> None:
     layout = LAYOUTS[layout_name]()
     leaves = inputs(head_dim=32)
-    expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window))
+    expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window, bidirectional))
     on_gpu = [leaf.detach().float().cuda().requires_grad_() for leaf in leaves]
-    y = attention(*on_gpu, window=window, layout=None if layout is None else layout.to("cuda"))
+    on_device = None if layout is None else layout.to("cuda")
+    y = attention(*on_gpu, window=window, bidirectional=bidirectional, layout=on_device)
     weight = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).sin()
     found = torch.autograd.grad((y * weight).sum(), on_gpu)
     torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
@@ -473,6 +483,8 @@ def test_refusals() -> None:
         attention(q, k, v, window=4, key_cache=cache, value_cache=cache, position=position)
     with pytest.raises(ValueError, match="6 tokens do not fit a cache of 4"):
         attention(q, k, v, key_cache=cache[:, :, :4], value_cache=cache[:, :, :4], position=position)
+    with pytest.raises(ValueError, match="bidirectional attention takes no caches"):
+        attention(q, k, v, bidirectional=True, key_cache=cache, value_cache=cache, position=position)
     for backend in BACKENDS:
         with seqmodels.backend(backend), pytest.raises(ValueError, match="6 tokens after 3 do not fit a cache of 8"):
             attention(q, k, v, key_cache=cache, value_cache=cache, position=position + 3)

@@ -1,4 +1,4 @@
-"""Causal softmax attention: whole sequences, documents, windows, carried caches and decode steps."""
+"""Softmax attention, causal or both ways: whole sequences, documents, windows, carried caches and decode steps."""
 
 from seqmodels.ops.attention.cache import append_to_cache, empty_cache
 from seqmodels.ops.attention.op import attention, attention_step

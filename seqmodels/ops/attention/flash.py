@@ -24,11 +24,16 @@ def refusal(q: Tensor, key_cache: Tensor | None) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, window: int | None, scale: float) -> Tensor:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, window: int | None, scale: float, bidirectional: bool
+) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
 
     # flash-attn counts the keys before the query; ours counts the query itself too.
-    options = {"softmax_scale": scale, "causal": True, "window_size": (-1 if window is None else window - 1, 0)}
+    reach = -1 if window is None else window - 1
+    options = {
+        "softmax_scale": scale, "causal": not bidirectional, "window_size": (reach, reach if bidirectional else 0)
+    }  # fmt: skip
     if layout is None:
         return flash_attn_func(q, k, v, **options)
     edges = boundaries(layout)

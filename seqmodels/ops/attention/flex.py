@@ -4,7 +4,9 @@ The whole batch is one sequence. Keys are [all caches, padding to a block edge, 
 and each token carries a document number and an absolute position in it, from the layout and the
 state, on the device. A key is visible where the documents agree and
 
-    key position <= query position < key position + window.
+    key position <= query position < key position + window,
+
+or, for bidirectional attention, where the positions differ by less than the window.
 
 Blocks of 128 x 128 that cannot hold a visible pair are skipped; which ones is found from the
 documents' ranges and the order of the grid, never from a length x length mask.
@@ -40,6 +42,7 @@ def forward(
     layout: Layout | None,
     window: int | None,
     scale: float,
+    bidirectional: bool,
 ) -> Tensor:
     if key_cache is not None and position is not None and (window is None or key_cache.shape[2] < window):
         count = q.shape[1] if layout is None else layout.lengths
@@ -61,10 +64,14 @@ def forward(
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query_position[query] - key_position[key]
-        result = (query_document[query] == key_document[key]) & (distance >= 0)
+        result = query_document[query] == key_document[key]
+        if bidirectional:
+            distance = distance.abs()
+        else:
+            result = result & (distance >= 0)
         return result if window is None else result & (distance < window)
 
-    needed = needed_blocks(query_document, key_document, cached, window)
+    needed = needed_blocks(query_document, key_document, cached, window, bidirectional)
     count = needed.sum(-1, dtype=torch.int32)
     order = needed.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     mask = BlockMask.from_kv_blocks(
@@ -87,7 +94,9 @@ def forward(
     return y if layout is None else torch.where(layout.valid[:, :, None, None], y, 0)
 
 
-def needed_blocks(query_document: Tensor, key_document: Tensor, cached: int, window: int | None) -> Tensor:
+def needed_blocks(
+    query_document: Tensor, key_document: Tensor, cached: int, window: int | None, bidirectional: bool = False
+) -> Tensor:
     """(query blocks, key blocks) bool: False only where no pair is visible.
 
     Args:
@@ -102,10 +111,12 @@ def needed_blocks(query_document: Tensor, key_document: Tensor, cached: int, win
     # indices do; cached keys are all in the past.
     query_first = torch.arange(query_low.shape[0], device=needed.device)[:, None] * BLOCK
     key_first = torch.arange(key_low.shape[0], device=needed.device) * BLOCK - cached
-    ordered = key_first <= query_first + BLOCK - 1
+    if not bidirectional or window is not None:
+        ahead = window - 1 if bidirectional and window is not None else 0
+        needed = needed & (key_first <= query_first + BLOCK - 1 + ahead)
     if window is not None:
-        ordered = ordered & (key_first + BLOCK - 1 >= query_first - (window - 1))
-    return needed & (ordered | (key_first < 0))
+        needed = needed & ((key_first + BLOCK - 1 >= query_first - (window - 1)) | (key_first < 0))
+    return needed
 
 
 def _document_ranges(document: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ def attention(
     v: Tensor,
     *,
     window: int | None = None,
+    bidirectional: bool = False,
     scale: float | None = None,
     layout: Layout | None = None,
     key_cache: Tensor | None = None,
     value_cache: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    r"""Causal softmax attention over a document and what its cache holds of the tokens before it.
+    r"""Softmax attention over a document and what its cache holds of the tokens before it, causal unless told.
 
     For the query at absolute position i of its document (``position`` of that document's first
     token here, plus the index), with j over the same document's positions:
@@ -42,6 +43,7 @@ def attention(
 
     so ``window`` is the number of visible keys, the token itself included; None: all. Query head
     h of H reads key head h * G // H. flash-attn's window (a, 0) is ``window = a + 1`` here.
+    With ``bidirectional`` the sum is over |i - j| < window, 2 window - 1 keys: flash-attn's (a, a).
 
     Memory is linear in the length on every path but ``reference``. On the CPU documents and windows
     go by blocks through PyTorch's CPU flash attention, which is also what backend "cpu" means here.
@@ -50,7 +52,8 @@ def attention(
 
     Args:
         q: (batch, length, H, head_dim). k, v: (batch, length, G, head_dim); G divides H.
-        window: visible keys, at least 1.
+        window: visible keys, at least 1; on either side, the token itself included, when bidirectional.
+        bidirectional: see later tokens of the document too; there are no caches then.
         scale: 1 / sqrt(head_dim) when omitted.
         layout: documents; None: one a row. Outputs at padding are zero.
         key_cache, value_cache: (documents, G, capacity, head_dim), keys as they enter the product
@@ -62,12 +65,18 @@ def attention(
         y (batch, length, H, head_dim). Gradients flow to q, k, v and both caches.
 
     Raises:
-        ValueError: shapes that do not fit, or more tokens than a cache that cannot wrap has
-            slots. On a GPU, where positions are known to the device only, that is a device assertion.
+        ValueError: shapes that do not fit, a bidirectional call with caches, or more tokens than a
+            cache that cannot wrap has slots. On a GPU, where positions are known to the device only,
+            the last is a device assertion.
         BackendUnavailable: a backend asked for by name that cannot take these tensors.
     """
     scale = _check("attention", q, k, v, 4, window, scale)
     _check_cache("attention", k, layout, window, key_cache, value_cache, position)
+    if bidirectional and key_cache is not None:
+        raise ValueError(
+            "attention: bidirectional attention takes no caches, since the tokens in them would have to see these; "
+            "give the whole document in one call"
+        )
     q, k, v = cast_inputs(q, k, v)
     backend = backends.requested_backend()
     if window is None and layout is None and key_cache is None and backend not in ("reference", "triton"):
@@ -75,19 +84,19 @@ def attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            is_causal=True,
+            is_causal=not bidirectional,
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return y.transpose(1, 2)
     if q.device.type == "cuda" and backend in ("auto", "cuda", "triton"):
-        return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, backend)
+        return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, backend)
     if backend in ("cuda", "triton"):
         raise backends.BackendUnavailable(
             f"attention: backend {backend!r} was asked for, but q is on {q.device.type!r}"
         )
     starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale)
+    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale, bidirectional)
     return _operator.overload(*arguments, "torch" if backend == "cpu" else backend)[0]
 
 
@@ -139,13 +148,14 @@ def _on_gpu(
     layout: Layout | None,
     window: int | None,
     scale: float,
+    bidirectional: bool,
     backend: str,
 ) -> Tensor:
     from seqmodels.ops.attention import flash
 
     refusal = flash.refusal(q, key_cache) if _HAS_FLASH else "flash-attn is not installed; pip install flash-attn"
     if refusal is None and backend != "triton":
-        return flash.forward(q, k, v, layout, window, scale)
+        return flash.forward(q, k, v, layout, window, scale, bidirectional)
     if backend == "cuda":
         raise backends.BackendUnavailable(f"attention: backend 'cuda' was asked for, but {refusal}")
     if not _HAS_TRITON:
@@ -155,7 +165,7 @@ def _on_gpu(
         )
     from seqmodels.ops.attention import flex
 
-    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale)
+    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional)
 
 
 def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, dims: int, window: int | None, scale: float | None) -> float:
@@ -219,7 +229,7 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _operator = Operator(
     "attention",
     "Tensor q, Tensor k, Tensor v, Tensor? key_cache, Tensor? value_cache, Tensor? position, "
-    "Tensor? starts, Tensor? lengths, int? window, float scale",
+    "Tensor? starts, Tensor? lengths, int? window, float scale, bool bidirectional",
     outputs=2,
     residuals=1,
     keep_outputs=True,

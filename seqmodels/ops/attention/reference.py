@@ -19,6 +19,7 @@ def forward(
     lengths: Tensor | None,
     window: int | None,
     scale: float,
+    bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     batch_size, length, heads, _ = q.shape
     exact = state_dtype(q.dtype)
@@ -44,9 +45,10 @@ def forward(
             values = torch.cat([value_cache[document][:, past % capacity].transpose(0, 1).to(exact), values])
             key_position = torch.cat([past, key_position])
         query_position = torch.arange(seen, seen + count, device=q.device)[:, None]
-        visible = key_position <= query_position
+        distance = query_position - key_position
+        visible = torch.ones_like(distance, dtype=torch.bool) if bidirectional else distance >= 0
         if window is not None:
-            visible = visible & (key_position > query_position - window)
+            visible = visible & (distance.abs() < window)
         repeats = heads // keys.shape[1]
         keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         scores = scale * torch.einsum("ihd,jhd->hij", flat_q[start : start + count], keys)

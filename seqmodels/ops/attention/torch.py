@@ -2,7 +2,7 @@
 
 PyTorch's CPU flash attention does the arithmetic; this file decides which keys each block of
 queries is given. Documents go one after another. A document without a window and without a past is
-one causal call. Otherwise queries go in blocks: block [i0, i1) gets exactly the span of keys that
+one call, causal or not. Otherwise queries go in blocks: block [i0, i1) gets exactly the span of keys that
 its queries can see together, and one additive (block, span) mask cuts the corners. The largest
 mask is one block of queries by its span of keys.
 
@@ -59,6 +59,7 @@ def forward(
     lengths: Tensor | None,
     window: int | None,
     scale: float,
+    bidirectional: bool,
 ) -> tuple[Tensor, Tensor]:
     allocate = torch.empty if starts is None else torch.zeros
     y = allocate(q.shape, dtype=q.dtype)
@@ -70,7 +71,7 @@ def forward(
         values = _with_past(v, value_cache, group, past)
         out = y[group.rows, group.columns].transpose(1, 2)
         sums = log_sum[group.rows, group.columns].transpose(1, 2)
-        for block in _blocks(queries.shape[2], keys.shape[2], window, q.dtype):
+        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype):
             part = (queries[:, :, block.queries], keys[:, :, block.keys], values[:, :, block.keys])
             result, sum_ = _flash(*part, 0.0, block.causal, attn_mask=block.mask, scale=scale)
             out[:, :, block.queries] = result
@@ -90,6 +91,7 @@ def backward(
     lengths: Tensor | None,
     window: int | None,
     scale: float,
+    bidirectional: bool,
     y: Tensor,
     log_sum: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -106,7 +108,7 @@ def backward(
         values = _with_past(v, value_cache, group, past)
         # Blocks overlap in their keys: sum in float32.
         grad_keys, grad_values = (torch.zeros(keys.shape, dtype=log_sum.dtype) for _ in range(2))
-        for block in _blocks(queries.shape[2], keys.shape[2], window, q.dtype):
+        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype):
             rows, span = (slice(None), slice(None), block.queries), (slice(None), slice(None), block.keys)
             found_q, found_k, found_v = _flash_backward(
                 grad_out[rows], queries[rows], keys[span], values[span], out[rows], sums[rows],
@@ -187,28 +189,30 @@ def _with_past(new: Tensor, cache: Tensor | None, group: _Group, past: int) -> T
     return torch.cat([*runs, tokens], dim=2)
 
 
-def _blocks(count: int, keys: int, window: int | None, dtype: torch.dtype) -> Iterator[_Block]:
+def _blocks(count: int, keys: int, window: int | None, bidirectional: bool, dtype: torch.dtype) -> Iterator[_Block]:
     """Blocks of queries with the keys they see; query i stands at key index keys - count + i."""
     past = keys - count
     if past == 0 and (window is None or window >= count):
-        yield _Block(slice(0, count), slice(0, count), True, None)
+        yield _Block(slice(0, count), slice(0, count), not bidirectional, None)
         return
     size = _LARGEST_BLOCK if window is None else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, window))
-    mask = None
+    mask, made_for = None, None
     for begin in range(0, count, size):
         end = min(begin + size, count)
         first = 0 if window is None else max(0, past + begin - window + 1)
-        shape = (end - begin, past + end - first)
-        if shape[0] == 1:
-            mask = None
-        elif mask is None or mask.shape != shape:
-            mask = _mask(*shape, window, dtype)
-        yield _Block(slice(begin, end), slice(first, past + end), False, mask)
+        last = past + end if window is None or not bidirectional else min(keys, past + end + window - 1)
+        place = (end - begin, last - first, past + begin - first)
+        if end - begin == 1:
+            mask = None  # one query sees its whole span
+        elif place != made_for:
+            mask, made_for = _mask(*place, window, bidirectional, dtype), place
+        yield _Block(slice(begin, end), slice(first, last), False, mask)
 
 
-def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask for queries that are the last of the keys' positions."""
-    mask = torch.full((queries, keys), float("-inf"), dtype=dtype).triu_(keys - queries + 1)
+def _mask(queries: int, keys: int, begin: int, window: int | None, bidirectional: bool, dtype: torch.dtype) -> Tensor:
+    """Additive mask for queries that stand at key index ``begin`` and on."""
+    ahead = 0 if window is None or not bidirectional else window - 1  # the farthest later key that is seen
+    mask = torch.full((queries, keys), float("-inf"), dtype=dtype).triu_(begin + ahead + 1)
     if window is not None and keys > window:
-        mask += torch.full((queries, keys), float("-inf"), dtype=dtype).tril_(keys - queries - window)
+        mask += torch.full((queries, keys), float("-inf"), dtype=dtype).tril_(begin - window)
     return mask
