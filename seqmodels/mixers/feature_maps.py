@@ -116,7 +116,9 @@ class Taylor(FeatureMap):
         wide = self.widened(x)
         # Made anew, not kept in buffers: nothing to lose in a cast, a deepcopy or to_empty.
         row, column = torch.triu_indices(self.width, self.width, device=x.device)
-        scale = torch.where(row == column, 1 / math.sqrt(2 * self.width), 1 / math.sqrt(self.width)).to(wide.dtype)
+        # Two Python numbers would meet in float32, whatever comes after.
+        square, product = (wide.new_full((), 1 / math.sqrt(n * self.width)) for n in (2, 1))
+        scale = torch.where(row == column, square, product)
         pairs = wide[..., row] * wide[..., column] * scale
         return torch.cat([torch.ones_like(wide[..., :1]), wide * self.width**-0.25, pairs], dim=-1).to(x.dtype)
 
