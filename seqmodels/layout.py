@@ -33,6 +33,8 @@ class Layout:
         position: (batch, length) int64, index of each token inside its document, 0 for padding.
         prefix_lengths: (documents,) int64 or None, tokens of each document that a prefix layer
             reads in both directions, counted from the document's first token.
+        compat_mask: (batch, length) bool or None, padding that released JRT checkpoints read: a token
+            like any other to every layer, whose key prefix linear attention takes for zero.
     """
 
     starts: Tensor
@@ -40,6 +42,7 @@ class Layout:
     document: Tensor
     position: Tensor
     prefix_lengths: Tensor | None = None
+    compat_mask: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -120,12 +123,17 @@ class Layout:
         length: int,
         *,
         prefix_lengths: Sequence[int] | None = None,
+        compat_mask: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Layout:
         """One document a row without padding: what ``layout=None`` means, plus prefix lengths.
 
         Computed on the device: it may be called inside compiled code.
         """
+        if compat_mask is not None and compat_mask.shape != (batch_size, length):
+            raise ValueError(
+                f"compat_mask is {tuple(compat_mask.shape)}; expected {(batch_size, length)} (batch, length)"
+            )
         row = torch.arange(batch_size, device=device)
         column = torch.arange(length, device=device)
         prefix = (
@@ -137,6 +145,7 @@ class Layout:
             row[:, None].expand(batch_size, length).contiguous(),
             column.expand(batch_size, length).contiguous(),
             prefix,
+            compat_mask,
         )
 
     @classmethod
@@ -169,6 +178,12 @@ class Layout:
         """The same documents with (documents,) prefix lengths."""
         return replace(self, prefix_lengths=prefix_lengths)
 
+    def prefixes(self) -> Layout:
+        """The documents cut to their prefixes (all of a document that is shorter than its prefix)."""
+        if self.prefix_lengths is None:
+            raise ValueError("the layout has no prefix_lengths; make it with them, or call with_prefix")
+        return replace(self, lengths=torch.minimum(self.lengths, self.prefix_lengths), prefix_lengths=None)
+
     def to(self, device: torch.device | str) -> Layout:
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)
 
@@ -190,7 +205,14 @@ def _prefix_tensor(prefix_lengths: Sequence[int], documents: int, capacity: int)
 pytree.register_pytree_node(
     Layout,
     lambda layout: (
-        [layout.starts, layout.lengths, layout.document, layout.position, layout.prefix_lengths],
+        [
+            layout.starts,
+            layout.lengths,
+            layout.document,
+            layout.position,
+            layout.prefix_lengths,
+            layout.compat_mask,
+        ],
         None,
     ),
     lambda children, _: Layout(*children),
