@@ -53,6 +53,9 @@ class KVShiftAttention(Attention):
         ValueError: an unknown ``shift`` or ``weights``; ``shift_width`` below 2, or above 2 with ``"gate"``.
     """
 
+    q_mix: nn.Parameter | None
+    k_mix: nn.Parameter | None
+    v_mix: nn.Parameter | None
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {
         name: ParameterHint(weight_decay=0.0) for name in ("q_mix", "k_mix", "v_mix")
     }

@@ -43,9 +43,7 @@ def kv_shift(
     heads, head_dim = _check("kv_shift", x, mix, 4)
     if initial_state is not None:
         initial_state = initial_state.flatten(-2)
-    y, final_state = short_conv(
-        x.flatten(-2), _per_channel(mix, head_dim), initial_state=initial_state, layout=layout
-    )
+    y, final_state = short_conv(x.flatten(-2), _per_channel(mix, head_dim), initial_state=initial_state, layout=layout)
     return y.unflatten(-1, (heads, head_dim)), final_state.unflatten(-1, (heads, head_dim))
 
 
