@@ -70,6 +70,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "convolution": dict(d_state=16, num_blocks=2, mode="convolution", activation="half_glu2", init="ptd"),
         "bidirectional": dict(d_state=8, bidirectional=True, activation="full_glu", real_part="clip", rate=2.0),
     },
+    "hydra_diag": {"plain": dict()},
     "swiglu": {"plain": dict(multiple_of=8)},
     "glu": {"plain": dict(), "half": dict(gate="half_glu2")},
     "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},
