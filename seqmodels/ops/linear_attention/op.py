@@ -65,28 +65,58 @@ def linear_attention(
     """
     owner = "linear_attention"
     q, k, v, (batch_size, length), ranked = _inputs(owner, ("batch", "length"), *cast_inputs(q, k, v))
-    if chunk_size < 1:
-        raise ValueError(f"{owner}: chunk_size is {chunk_size}; expected a positive integer")
-    if length < 1:
-        raise ValueError(f"{owner}: q has length 0 (shape {tuple(q.shape)}); expected at least one token")
+    _check_grid(owner, length, chunk_size)
     shape = (batch_size, length, v.shape[3])
     log_decay = _weight(owner, "log_decay", log_decay, shape, v.dtype)
     past_weight = _weight(owner, "past_weight", past_weight, shape, v.dtype)
     diagonal_weight = _weight(owner, "diagonal_weight", diagonal_weight, shape, v.dtype)
-    starts, lengths, documents = None, None, batch_size
-    if layout is not None:
-        if (layout.batch_size, layout.length) != (batch_size, length):
-            raise ValueError(
-                f"{owner}: layout is for a grid of {(layout.batch_size, layout.length)}; "
-                f"q is {(batch_size, length)} (batch, length)"
-            )
-        starts, lengths, documents = layout.starts, layout.lengths, layout.num_documents
+    starts, lengths, documents = _documents(owner, layout, batch_size, length)
     if initial_state is not None:
         _check_state(owner, "initial_state", initial_state, _state_shape(documents, q, v, normalize), v.dtype)
     y, final_state, _ = _operator(
         q, k, v, log_decay, past_weight, diagonal_weight, initial_state, starts, lengths, normalize, epsilon, chunk_size
     )
     return (y if ranked else y.squeeze(2)), final_state
+
+
+def linear_attention_state(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    past_weight: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    normalize: bool = False,
+    layout: Layout | None = None,
+    chunk_size: int = 64,
+) -> Tensor:
+    r"""The state that :func:`linear_attention` ends with, without its queries and outputs.
+
+    .. code-block:: text
+
+        S = e^{c_L} S_0 + sum_j e^{c_L - c_j} past_j k_j v_j^T
+
+    An encoder's keys and values become the initial state of a decoder this way (prefix linear
+    attention, arXiv:2407.05483, section 4.2). Differentiable.
+
+    Args: those of :func:`linear_attention`; H is the larger of k's and v's groups.
+
+    Returns:
+        The state (documents, H, N, P), or P + 1 with ``normalize``; float32 (float64 beside float64).
+
+    Raises:
+        ValueError: shapes that do not fit together. TypeError: mixed or unsupported dtypes.
+    """
+    owner = "linear_attention_state"
+    _, k, v, (batch_size, length), _ = _inputs(owner, ("batch", "length"), *cast_inputs(k, k, v))
+    _check_grid(owner, length, chunk_size)
+    shape = (batch_size, length, v.shape[3])
+    log_decay = _weight(owner, "log_decay", log_decay, shape, v.dtype)
+    past_weight = _weight(owner, "past_weight", past_weight, shape, v.dtype)
+    starts, lengths, documents = _documents(owner, layout, batch_size, length)
+    if initial_state is not None:
+        _check_state(owner, "initial_state", initial_state, _state_shape(documents, k, v, normalize), v.dtype)
+    return _state_operator(k, v, log_decay, past_weight, initial_state, starts, lengths, normalize, chunk_size)
 
 
 @torch.no_grad()
@@ -124,6 +154,27 @@ def linear_attention_step(
         raise ValueError(f"{owner}: state is not contiguous and cannot be updated in place; clone it")
     y = _step_operator(q, k, v, log_decay, past_weight, diagonal_weight, state, normalize, epsilon)
     return y if ranked else y.squeeze(1)
+
+
+def _check_grid(owner: str, length: int, chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"{owner}: chunk_size is {chunk_size}; expected a positive integer")
+    if length < 1:
+        raise ValueError(f"{owner}: the inputs have length 0; expected at least one token")
+
+
+def _documents(
+    owner: str, layout: Layout | None, batch_size: int, length: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Starts, lengths and number of documents; a layout must be for this grid."""
+    if layout is None:
+        return None, None, batch_size
+    if (layout.batch_size, layout.length) != (batch_size, length):
+        raise ValueError(
+            f"{owner}: layout is for a grid of {(layout.batch_size, layout.length)}; "
+            f"the inputs are {(batch_size, length)} (batch, length)"
+        )
+    return layout.starts, layout.lengths, layout.num_documents
 
 
 def _state_shape(documents: int, q: Tensor, v: Tensor, normalize: bool) -> tuple[int, int, int, int]:
@@ -206,6 +257,23 @@ _operator = Operator(
         "triton": f"{_PACKAGE}.triton",
     },
     differentiable=(0, 1, 2, 3, 4, 5, 6),
+)
+
+
+def _fake_state(k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    starts, normalize = rest[3], bool(rest[5])
+    documents = starts.shape[0] if isinstance(starts, Tensor) else v.shape[0]
+    return v.new_empty(_state_shape(documents, k, v, normalize), dtype=state_dtype(v.dtype))
+
+
+_state_operator = Operator(
+    "linear_attention_state",
+    "Tensor k, Tensor v, Tensor? log_decay, Tensor? past_weight, Tensor? initial_state, Tensor? starts, "
+    "Tensor? lengths, bool normalize, SymInt chunk_size",
+    outputs=1,
+    fake=_fake_state,
+    modules={"reference": f"{_PACKAGE}.reference_state", "torch": f"{_PACKAGE}.torch_state"},
+    differentiable=(0, 1, 2, 3, 4),
 )
 _step_operator = Operator(
     "linear_attention_step",

@@ -54,12 +54,7 @@ def forward(
     table = None if starts is None or lengths is None else chunk_table(starts, lengths, batch_size * length, tokens)
 
     def chunks(x: Tensor) -> Tensor:
-        """(B, L, ...) to (T, Q, ...), zero outside documents."""
-        if table is None:
-            full = pad(x, (0, 0) * (x.dim() - 2) + (0, -length % tokens))
-            return full.reshape(-1, tokens, *x.shape[2:])
-        rows = x.flatten(0, 1)[table.token]
-        return rows.masked_fill(~table.valid.view(*table.valid.shape, *(1,) * (x.dim() - 2)), 0)
+        return to_chunks(x, tokens, table)
 
     def grid(x: Tensor, padding: float) -> Tensor:
         """(T, Q, ...) to (B, L, ...)."""
@@ -73,11 +68,10 @@ def forward(
     q_TQRGN, k_TQRGN = chunks(q.to(compute)), chunks(k.to(compute))
     v_TQRHP = chunks(values)
     past_TQH, diagonal_TQH = (None if x is None else chunks(x) for x in (past_weight, diagonal_weight))
-    # c. e^-1000 is zero in every dtype; a finite bound keeps the differences of c finite and precise.
-    total_TQH = None if log_decay is None else chunks(log_decay).clamp_min(-1000).cumsum(1, dtype=torch.float64)
+    total_TQH = None if log_decay is None else running_decay(chunks(log_decay))
     weighted_TQRHP = v_TQRHP if past_TQH is None else v_TQRHP * past_TQH[:, :, None, :, None]
 
-    start_THNP, final = _states(k_TQRGN, weighted_TQRHP, total_TQH, initial_state, table, batch_size)
+    start_THNP, final = states(k_TQRGN, weighted_TQRHP, total_TQH, initial_state, table, batch_size)
     y = _inside(q_TQRGN, k_TQRGN, v_TQRHP, weighted_TQRHP, total_TQH, diagonal_TQH)
     y = y + _from_start(q_TQRGN, start_THNP, total_TQH)
     if normalize:
@@ -87,6 +81,20 @@ def forward(
     else:
         denominator = y.new_empty(0)
     return grid(y.to(v.dtype), 0.0), final.contiguous(), denominator
+
+
+def to_chunks(x: Tensor, tokens: int, table: ChunkTable | None) -> Tensor:
+    """(B, L, ...) to (T, Q, ...) with Q = ``tokens``, zero outside documents."""
+    if table is None:
+        full = pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % tokens))
+        return full.reshape(-1, tokens, *x.shape[2:])
+    rows = x.flatten(0, 1)[table.token]
+    return rows.masked_fill(~table.valid.view(*table.valid.shape, *(1,) * (x.dim() - 2)), 0)
+
+
+def running_decay(log_decay_TQH: Tensor) -> Tensor:
+    """c, in float64. e^-1000 is zero in every dtype; a finite bound keeps the differences of c finite and precise."""
+    return log_decay_TQH.clamp_min(-1000).cumsum(1, dtype=torch.float64)
 
 
 def _inside(
@@ -155,7 +163,7 @@ def _decay_between(total_TQH: Tensor, dtype: torch.dtype) -> Tensor:
     return between
 
 
-def _states(
+def states(
     k_TQRGN: Tensor,
     weighted_TQRHP: Tensor,
     total_TQH: Tensor | None,
