@@ -189,21 +189,25 @@ def feature_attention_step(
 def _heads(owner: str, dims: int, inputs: dict[str, Tensor], *parameters: Tensor | None) -> int:
     """Number of heads; refuses inputs that do not fit together."""
     values = inputs["v"]
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
     axes = "(batch, length, groups, width)" if dims == 4 else "(batch, groups, width)"
     for name, x in inputs.items():
         if x.dim() != dims or x.shape[: dims - 2] != values.shape[: dims - 2]:
-            raise ValueError(f"{owner}: {shapes}; expected {axes} with equal leading sizes")
+            raise ValueError(f"{owner}: {_shapes(inputs)}; expected {axes} with equal leading sizes")
         if x.dtype != values.dtype or x.dtype not in _DTYPES:
             raise TypeError(f"{owner}: {name} is {x.dtype}, v is {values.dtype}; expected one floating-point dtype")
     if "q" in inputs and inputs["q"].shape[-1] != inputs["k"].shape[-1]:
-        raise ValueError(f"{owner}: {shapes}; expected equal width of q and k")
+        raise ValueError(f"{owner}: {_shapes(inputs)}; expected equal width of q and k")
     groups = {name: x.shape[-2] for name, x in inputs.items()}
     heads = max([*groups.values(), *(x.shape[0] for x in parameters if x is not None and x.dim() > 0)])
     for name, count in groups.items():
         if count < 1 or heads % count:
             raise ValueError(f"{owner}: {name} has {count} groups, which do not divide the {heads} heads")
     return heads
+
+
+def _shapes(inputs: dict[str, Tensor]) -> str:
+    """For messages alone: made only then, since torch.compile cannot trace it."""
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
 
 
 def _weight(
