@@ -1,0 +1,56 @@
+"""The small model of the recall protocols: embedding, layers, head; positions for the layers that need them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqmodels.mixers.base import Mixer
+from seqmodels.models.config import StackConfig
+from seqmodels.models.stack import Stack
+
+EMBEDDING_STD = 0.02
+
+
+class RecallModel(nn.Module):
+    """logits = W norm(stack(dropout(W[tokens] + P))), with one matrix W for embedding and head.
+
+    Args:
+        config: the blocks; ``config.dropout`` is the embedding's too.
+        vocab_size: token ids.
+        max_length: rows of the learned positions P; None for none.
+    """
+
+    def __init__(self, config: StackConfig, vocab_size: int, max_length: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.positions = None if max_length is None else nn.Parameter(torch.empty(max_length, config.d_model))
+        self.stack = Stack(config)
+        self.dropout = config.dropout
+        for weight in (self.embedding.weight, self.positions):
+            if weight is not None and not weight.is_meta:
+                nn.init.normal_(weight, std=EMBEDDING_STD)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(batch, length) ids to hidden vectors (batch, length, d_model), and the layers' losses and metrics."""
+        h = F.embedding(tokens, self.embedding.weight)
+        if self.positions is not None:
+            h = h + self.positions[: tokens.shape[1]]
+        output = self.stack(F.dropout(h, self.dropout, self.training) if self.dropout else h)
+        return output.hidden, output.aux
+
+    def read(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hidden vectors at ``positions`` (batch, labels): (batch, labels, d_model); the head sees no others."""
+        return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d_model) to (..., vocab_size)."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def layers(self) -> list[Mixer]:
+        """Every layer at every site."""
+        return [layer for _, layer, _ in self.stack.named_layers()]
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

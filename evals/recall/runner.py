@@ -1,0 +1,84 @@
+"""The cells of a suite as a sweep, and the rows of a finished one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+
+from evals.recall.cell import Outcome, build_model
+from evals.recall.data import make
+from evals.recall.suites import Cell
+from evals.recall.summary import Run, collect
+from evals.results import Results
+from evals.sweep import Display, Sweep, Usage
+
+COMMAND = (sys.executable, "-m", "evals.recall.cell")
+
+
+def run(
+    cells: list[Cell], results: Results, jobs: int, display: Display[Cell, Run], gpus: int = 0
+) -> tuple[list[Run], bool, Usage]:
+    """All cells: their runs, whether all finished, and the use of the cores.
+
+    Raises:
+        ValueError: before anything is trained, what a layer or a generator refuses.
+    """
+    check(cells)
+    sweep = Sweep(
+        COMMAND, results, jobs, display,
+        write=lambda rows, cell, outcome: write_rows(rows, cell, Outcome(**outcome)),
+        collect=collect,
+        about=lambda cell: {"plan": cell.plan, "arm": cell.arm},
+        environment=(lambda slot: {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}) if gpus else lambda slot: {},
+    )  # fmt: skip
+    display.plan(cells)
+    found = sweep.run(cells)
+    if sweep.usage.wall:
+        config = {"jobs": jobs, "wall": sweep.usage.wall, "processor": sweep.usage.processor}
+        results.write(f"{cells[0].suite}/sweep", "core_use", sweep.usage.share, "of the cores given", config=config)
+    return list(found.values()), len(found) == len(cells), sweep.usage
+
+
+def check(cells: list[Cell]) -> None:
+    """Refuses what a layer or a generator would refuse, each distinct one once and without memory."""
+    seen: set[tuple[str, ...]] = set()
+    for cell in cells:
+        model = (cell.pattern, str(cell.layers), str(cell.d_model), cell.plan)
+        if model not in seen:
+            seen.add(model)
+            build_model(cell, device="meta")
+        data = (cell.task, str(cell.train), str(cell.test))
+        if data not in seen:
+            seen.add(data)
+            for one in cell.train:
+                make(cell, msgspec.structs.replace(one, count=1), "train", (0,))
+            for one in cell.test:
+                make(cell, msgspec.structs.replace(one, count=1), "test", (0,))
+
+
+def write_rows(results: Results, cell: Cell, outcome: Outcome) -> list[dict[str, Any]]:
+    """Each test set's accuracy, state and speed, and at last the score with all that repeats the cell."""
+    about = {
+        "suite": cell.suite, "plan": cell.plan, "arm": cell.arm, "point": cell.point, "choice": cell.choice,
+        "digest": cell.digest, "parameters": outcome.parameters,
+    }  # fmt: skip
+    who = {"layer": cell.layer, "backend": "auto", "seed": cell.seed}
+    rows = [
+        results.write(f"{cell.name}/{label}", "accuracy", value, "", **who, config={**about, "test": label})
+        for label, value in outcome.test.items()
+    ]
+    state = {**about, "context_length": cell.state_context, "mixer_bytes": outcome.mixer_bytes}
+    rows.append(results.write(cell.name, "state_bytes", outcome.state_bytes, "bytes", **who, config=state))
+    speed = {**about, "clock": "processor of one thread" if cell.device == "cpu" else "wall"}
+    rows.append(
+        results.write(cell.name, "tokens_per_second", outcome.tokens_per_second, "tokens/s", **who, config=speed)
+    )
+    everything = {
+        **about, "ended": outcome.ended, "epochs": outcome.epochs, "steps": outcome.steps, "loss": outcome.loss,
+        "history": outcome.history, "train_seconds": outcome.train_seconds, "seconds": outcome.seconds,
+        "data_digest": outcome.digest, "published": cell.published, "cell": msgspec.to_builtins(cell),
+    }  # fmt: skip
+    rows.append(results.write(cell.name, "score", outcome.score, "", **who, config=everything))
+    return rows

@@ -1,0 +1,1 @@
+"""Recall tasks: generators by name (:mod:`seqmodels.tasks.recall.registry`), and how answers are scored."""
