@@ -23,6 +23,11 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "nope": dict(num_heads=2, rotary_fraction=0.0),
         "bidirectional": dict(num_heads=4, num_kv_heads=2, window=4, bidirectional=True),
     },
+    "sparse_global_attention": {
+        "plain": dict(num_heads=2, window=6, num_globals=5, block=4),
+        "grouped": dict(num_heads=4, num_kv_heads=2, window=9, num_globals=2, block=5, rotary_fraction=0.5, qk_norm=True),
+        "window alone": dict(num_heads=2, window=4, num_globals=0, block=3),
+    },
     "kv_shift_attention": {
         "plain": dict(num_heads=2),
         "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
@@ -38,6 +43,26 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "prefix_linear_attention": {
         "plain": dict(num_heads=2, feature_dim=4),
         "narrow values": dict(num_heads=3, feature_dim=3, value_dim=5, epsilon=1e-6),
+    },
+    "based": {"plain": dict(num_heads=2, feature_dim=4), "decay": dict(num_heads=2, feature_dim=3, decay="fixed")},
+    "hedgehog": {
+        "plain": dict(num_heads=2),
+        "grouped split": dict(
+            num_heads=4, num_kv_heads=2, feature_map="hedgehog_split", feature_dim=3, rotary_fraction=1.0,
+            map_bias=True, shared=True,
+        ),
+        "tied unnormalised": dict(num_heads=2, feature_map="hedgehog_joint_doubled", normalize=False, tied=True),
+        "bidirectional": dict(num_heads=4, num_kv_heads=1, bidirectional=True, rotary_fraction=0.5),
+        "bidirectional relu": dict(num_heads=2, feature_map="t2r", init="kaiming", map_bias=True, bidirectional=True),
+    },
+    "hedgehog_window": {
+        "plain": dict(num_heads=2, window=6),
+        "grouped": dict(
+            num_heads=4, num_kv_heads=2, window=5, feature_map="hedgehog_joint", feature_dim=3, rotary_fraction=0.0,
+            linear_factor="complement", bias=True,
+        ),
+        "wide": dict(num_heads=2, window=64, feature_map="taylor"),
+        "one token": dict(num_heads=2, window=1, feature_map="elu"),
     },
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
     "mamba2": {

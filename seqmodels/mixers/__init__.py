@@ -10,9 +10,13 @@ MIXERS = Registry(
     "mixer",
     {
         "attention": "seqmodels.mixers.attention:Attention",
+        "sparse_global_attention": "seqmodels.mixers.sparse_global_attention:SparseGlobalAttention",
         "kv_shift_attention": "seqmodels.mixers.kv_shift_attention:KVShiftAttention",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "prefix_linear_attention": "seqmodels.mixers.prefix_linear_attention:PrefixLinearAttention",
+        "based": "seqmodels.mixers.based:Based",
+        "hedgehog": "seqmodels.mixers.hedgehog:Hedgehog",
+        "hedgehog_window": "seqmodels.mixers.hedgehog_window:HedgehogWindow",
         "gated_conv": "seqmodels.mixers.gated_conv:GatedConv",
         "mamba2": "seqmodels.mixers.mamba2:Mamba2",
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",

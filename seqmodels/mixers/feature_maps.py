@@ -7,16 +7,17 @@ computed: an exponential in float16 overflows at 11, and a softmax in bfloat16 h
 
 ``FEATURE_MAPS`` holds the maps by name. A map has two uses: as the module, whose features an unfused
 operation reads, and as a description that ``seqmodels.ops.feature_attention`` computes inside its
-kernel: the name ``op`` and the pair of :meth:`FeatureMap.operands`.
+kernel: the name ``op`` and what :func:`fused` collects.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from seqmodels.mixers.base import Registry, check_positive
 from seqmodels.ops.registration import state_dtype
@@ -51,7 +52,8 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the fused op takes for x: a tensor, and a weight (heads, width, features) it applies to it first."""
+        """What the fused op takes for x (..., groups, width): a tensor, and the weight (heads, its width, f) of
+        u = x W; None for u = x."""
         return x, None
 
     def widened(self, x: Tensor) -> Tensor:
@@ -201,9 +203,11 @@ class LearnedMap(FeatureMap):
             return u if self.bias is None else u + self.bias.to(x.dtype)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.bias is not None:
-            return self.project(x), None
-        return x, self.weight.expand(self.num_heads, -1, -1)
+        weight = self.weight
+        if self.bias is not None:  # [x, 1] [W; b]: the op's weight in the parameters' precision, biases included
+            x = pad(x, (0, 1), value=1.0)
+            weight = torch.cat([weight, self.bias.unsqueeze(1)], dim=1)
+        return x, weight.expand(self.num_heads, -1, -1)
 
     def extra_repr(self) -> str:
         return (
@@ -234,7 +238,7 @@ class HedgehogExp(LearnedMap):
     """
 
     op = "hedgehog_exp"
-    epsilon = 1e-30  # the largest feature is 1 there, but products of features may be small
+    epsilon = 1e-30  # relative to the largest feature: sums of weights may be small, and are not 0
 
     @property
     def output_dim(self) -> int:
@@ -287,9 +291,7 @@ class HedgehogJoint(LearnedMap):
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = super().operands(x)
-        if self.factor == 1:
-            return x, weight
-        return (x * self.factor, None) if weight is None else (x, weight * self.factor)
+        return x, weight if weight is None or self.factor == 1 else weight * self.factor
 
 
 class HedgehogJointDoubled(HedgehogJoint):
@@ -322,6 +324,28 @@ def paired_features(
     if valid is not None:
         key = key * valid[..., None, None]
     return (query - query.detach().amax(-1, keepdim=True)).exp(), key
+
+
+def fused(query_map: FeatureMap, key_map: FeatureMap, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """q, k and the keyword arguments by which ``seqmodels.ops.feature_attention`` applies these maps to them."""
+    q, query_weight = query_map.operands(q)
+    k, key_weight = key_map.operands(k)
+    return q, k, {"feature_map": query_map.op, "query_weight": query_weight, "key_weight": key_weight}
+
+
+def make_feature_map(owner: str, name: str, num_heads: int, width: int, **options: Any) -> FeatureMap:
+    """The map ``name``; ``options`` are those of :class:`LearnedMap`, which fixed maps refuse.
+
+    Raises:
+        ValueError: an unknown name, or an option other than None and False of a map without parameters.
+    """
+    kind = FEATURE_MAPS[name]
+    if issubclass(kind, LearnedMap):
+        return kind(num_heads, width, **{key: value for key, value in options.items() if value is not None})
+    for key, value in options.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{owner}: {key}={value!r} is for learned maps; feature_map={name!r} has no parameters")
+    return kind(num_heads, width)
 
 
 _HERE = "seqmodels.mixers.feature_maps"

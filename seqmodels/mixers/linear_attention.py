@@ -55,6 +55,9 @@ class LinearAttention(Mixer):
     """
 
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {"decay_bias": ParameterHint(weight_decay=0.0)}
+    #: Fixed decay: head h forgets at e^g = 1 - 2^(-fixed_exponent - min(h, fixed_cap)).
+    fixed_exponent: ClassVar[int] = 5
+    fixed_cap: ClassVar[int | None] = 7
 
     def __init__(
         self,
@@ -148,8 +151,10 @@ class LinearAttention(Mixer):
         dtype = state_dtype(x.dtype)  # decays stay out of half precision
         if self.decay == "fixed":
             # A few numbers, made anew: a buffer would lose precision in a cast to bfloat16.
-            head = torch.arange(self.num_heads, device=x.device, dtype=dtype).clamp_max(7)
-            return q, k, v, torch.log1p(-torch.exp2(-5 - head)).expand(*x.shape[:-1], self.num_heads)
+            head = torch.arange(self.num_heads, device=x.device, dtype=dtype)
+            if self.fixed_cap is not None:
+                head = head.clamp_max(self.fixed_cap)
+            return q, k, v, torch.log1p(-torch.exp2(-self.fixed_exponent - head)).expand(*x.shape[:-1], self.num_heads)
         return q, k, v, -softplus(self.decay_proj(x).to(dtype) + self.decay_bias.to(dtype))
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
