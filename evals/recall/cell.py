@@ -102,6 +102,8 @@ def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: Non
 class _Run:
     def __init__(self, cell: Cell, say: Callable[[dict[str, Any]], None]) -> None:
         self.began = time.monotonic()
+        self.clock = time.process_time if cell.device == "cpu" else time.monotonic
+        self.start = self.clock()
         self.cell, self.plan, self.say = cell, cell.training, say
         torch.manual_seed(cell.seed)
         self.model = build_model(cell).to(cell.device)  # drawn on the CPU: one seed, one start
@@ -122,7 +124,6 @@ class _Run:
                 strict=True,
             )
         )
-        self.clock = time.process_time if cell.device == "cpu" else time.monotonic
         self.loss = torch.compile(self._loss) if self.plan.compile else self._loss
         self.train_seconds, self.tokens, self.steps = 0.0, 0, 0
         self.total = self.plan.epochs * sum(1 for _ in self._batches(0, count_only=True))
@@ -182,7 +183,7 @@ class _Run:
             count += 1
             self.steps += 1
             self.tokens += batch.tokens.numel()
-            if plan.seconds is not None and self.train_seconds + self.clock() - began > plan.seconds:
+            if plan.seconds is not None and self.clock() - self.start > plan.seconds:
                 in_time = False
                 break
         mean = float(total) / count

@@ -26,6 +26,7 @@ def run(
         ValueError: before anything is trained, what a layer or a generator refuses.
     """
     check(cells)
+    cells = sorted(cells, key=lambda cell: cell.seed)  # one seed of everything before more seeds of anything
     sweep = Sweep(
         COMMAND, results, jobs, display,
         write=lambda rows, cell, outcome: write_rows(rows, cell, Outcome(**outcome)),

@@ -46,7 +46,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shuffle: a new order each epoch. Without it the training sets are served in order, as they are.
         fresh: new examples each epoch instead of the same ones.
         evaluate_every: epochs between evaluations.
-        seconds: of processor time on a CPU, of wall time on a GPU, after which a run ends; null: none.
+        seconds: of processor time on a CPU, of wall time on a GPU, data and tests included, after which a run
+            ends; null: none.
         precision: ``bfloat16`` runs the forward under autocast.
         compile: run the training step through torch.compile; pays from a few minutes a cell on.
     """
@@ -122,6 +123,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         arguments: of the layer, over those of layers.yaml.
         published: its row in the published numbers.
         learning_rate: stored rate by task, over that of layers.yaml.
+        learned_positions: instead of what layers.yaml says of the layer.
     """
 
     layer: str
@@ -129,6 +131,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arguments: dict[str, Any] = {}
     published: str | None = None
     learning_rate: dict[str, Rate] = {}
+    learned_positions: bool | None = None
 
 
 class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,7 +202,9 @@ class Cell(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:12]
+        """Of all that decides the run: what a report says beside it may change, and the run stays finished."""
+        content = msgspec.structs.replace(self, published=None, control=None, chance=None)
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:12]
 
 
 def suite_names() -> list[str]:
@@ -250,6 +255,7 @@ def grid_cells(name: str, suite: Suite, layers: LayerDefaults | None = None) -> 
     for (plan_name, base, plan), (arm_name, arm) in itertools.product(plans, suite.arms.items()):
         task = plan.task or base
         grid, training = plan.grid or suite.grid, plan.training or suite.training
+        positions = layers.learned_positions(arm.layer) if arm.learned_positions is None else arm.learned_positions
         stored = arm.learning_rate.get(task) or arm.learning_rate.get("default") or layers.rate(arm.layer, task)
         for d_model, depth, rate, decay, seed in itertools.product(
             grid.d_model, grid.depth, grid.learning_rate or (stored,), grid.weight_decay, range(grid.seeds)
@@ -261,7 +267,7 @@ def grid_cells(name: str, suite: Suite, layers: LayerDefaults | None = None) -> 
                 Cell(
                     suite=name, device=suite.device, plan=plan_name, task=task, train=plan.train, test=plan.test,
                     arm=arm_name, layer=arm.layer, pattern=pattern, layers={**words, **suite.layers, **arguments},
-                    norm=suite.norm, learned_positions=layers.learned_positions(arm.layer), d_model=d_model,
+                    norm=suite.norm, learned_positions=positions, d_model=d_model,
                     depth=depth, learning_rate=rate, weight_decay=decay, seed=seed, training=training,
                     state_context=suite.state_context or max(row_length(task, data.settings) for data in plan.test),
                     published=arm.published or arm.layer,
