@@ -1,18 +1,12 @@
 // Launchers of linear_recurrence.cpp: checks, documents, units of work, registration.
 #pragma once
 
-#include <vector>
-
-#include "stable.h"
+#include "documents.h"
 
 namespace seqmodels {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-float* data_of(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<float*>(tensor->data_ptr()) : nullptr;
-}
 
 // x is (batch, length, channels) or (batch, length, channels, 2), contiguous.
 struct RecurrenceProblem {
@@ -30,29 +24,8 @@ struct RecurrenceProblem {
     row = x.size(2) * (complex ? 2 : 1);
     varying = decay.dim() == x.dim();
     STD_TORCH_CHECK(decay.numel() == (varying ? batch * length * row : row), "decay must have x's shape or one row of it");
-    if (starts_tensor.has_value()) {
-      STD_TORCH_CHECK(lengths_tensor.has_value() && starts_tensor->numel() == lengths_tensor->numel(),
-                      "starts and lengths must have one entry a document");
-      check_tensor(*starts_tensor, "starts", ScalarType::Long);
-      check_tensor(*lengths_tensor, "lengths", ScalarType::Long);
-      const auto* from = static_cast<const int64_t*>(starts_tensor->data_ptr());
-      const auto* size = static_cast<const int64_t*>(lengths_tensor->data_ptr());
-      starts.assign(from, from + starts_tensor->numel());
-      lengths.assign(size, size + lengths_tensor->numel());
-    } else {
-      for (int64_t b = 0; b < batch; ++b) starts.push_back(b * length);
-      lengths.assign(batch, length);
-    }
-    documents = static_cast<int64_t>(starts.size());
-    int64_t tokens = 0;
-    for (int64_t d = 0; d < documents; ++d) {
-      STD_TORCH_CHECK(lengths[d] >= 0 && (lengths[d] == 0 || (starts[d] >= 0 && starts[d] < batch * length &&
-                                                              starts[d] % length + lengths[d] <= length)),
-                      "document ", d, " has start ", starts[d], " and length ", lengths[d],
-                      ", which leaves its row of a grid of ", batch, " x ", length);
-      tokens += lengths[d];
-    }
-    covers_all = tokens == batch * length;
+    const Documents found(batch, length, starts_tensor, lengths_tensor);
+    starts = found.starts, lengths = found.lengths, documents = found.count(), covers_all = found.covers_all;
     state_shape = {documents, x.size(2)};
     if (complex) state_shape.push_back(2);
     if (initial_state.has_value()) {

@@ -28,7 +28,7 @@ from seqmodels.mixers.state_space import (
     fill_eigenvalues,
     initial_system,
 )
-from seqmodels.ops.linear_recurrence import linear_recurrence_step
+from seqmodels.ops.diagonal_ssm import diagonal_ssm, diagonal_ssm_step, pays_off
 from seqmodels.ops.long_conv import long_conv
 from seqmodels.ops.registration import state_dtype
 from seqmodels.ops.vandermonde import diagonal_final_state, diagonal_response, vandermonde
@@ -61,6 +61,9 @@ class S4D(StateSpaceMixer):
     with z and B' from A, B and the step dt of the channel (:func:`~seqmodels.mixers.discretization.discretize`).
     Inits "real" and "ptd" have d_state modes and no factor of 2, nor has the softmax rule. Bidirectional layers add
     sum_j K'[j] u[t + 1 + j] with a C of its own. Section 3 and 4 of Gu, Gupta, Goel and Ré.
+
+    Computed as a convolution by FFT, or as the recurrence where that is faster
+    (:func:`~seqmodels.ops.diagonal_ssm.pays_off`): the same map to rounding, with the same states.
 
     In evaluation without gradients the kernel is computed once for a set of parameters (see
     :class:`~seqmodels.mixers.evaluation_cache.EvaluationCache`; after a write through ``parameter.data`` call
@@ -222,15 +225,38 @@ class S4D(StateSpaceMixer):
         self._check_call(x, state, layout, return_state)
         u = x.to(state_dtype(x.dtype))
         length = x.shape[1]
+        before = None if state is None else state.ssm
+        if self._scans(u):
+            y, final = self._scan(u, before, layout)
+            after = S4DState(final) if return_state and final is not None else None
+            return MixerOutput(self._mix(y.to(x.dtype)), after)
         system, kernel = self._cached(length, u.dtype)
         forward_kernel, reverse_kernel = (kernel, None) if not self.bidirectional else kernel.chunk(2)
         y, _ = long_conv(u, forward_kernel, reverse_kernel=reverse_kernel, layout=layout)
-        if state is not None:
-            y = y + self._response(system, state.ssm, length, layout)
-        after = None
-        if return_state:
-            after = S4DState(self._final(system, u, None if state is None else state.ssm, layout))
+        if before is not None:
+            y = y + self._response(system, before, length, layout)
+        after = S4DState(self._final(system, u, before, layout)) if return_state else None
         return MixerOutput(self._mix(y.to(x.dtype)), after)
+
+    def _scans(self, u: Tensor) -> bool:
+        """Whether the recurrence itself runs, where it takes less time than its convolution kernel and transforms."""
+        return pays_off(u, self.A_real.shape[1], self.C.shape[0])
+
+    def _scan(self, u: Tensor, before: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor | None]:
+        """(batch, length, channels, d_model), and the last state."""
+        z, b, c = self._cache.get(
+            "scan", self._system_parameters(), (u.dtype, self.rate), lambda: self._scan_system(u.dtype)
+        )
+        if not self.bidirectional:
+            return diagonal_ssm(u, z, b, c, skip=self.D.to(u.dtype), initial_state=before, layout=layout)
+        forward, backward = c.chunk(2)
+        y, _ = diagonal_ssm(u, z, b, forward, skip=self.D.to(u.dtype), layout=layout)
+        return y + diagonal_ssm(u, z, b, backward, layout=layout, reverse=True)[0], None
+
+    def _scan_system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """z, b, and scale c."""
+        z, b, c = self.recurrence()
+        return z, b.to(dtype), (self.scale * c).to(dtype)
 
     def _final(self, system: Any, u: Tensor, before: Tensor | None, layout: Layout | None) -> Tensor:
         return diagonal_final_state(system.z, u, input_weight=system.b, initial_state=before, layout=layout)
@@ -258,16 +284,14 @@ class S4D(StateSpaceMixer):
         decay, b, c = self._cache.get(
             "step", self._system_parameters(), (u.dtype, self.rate), lambda: self._step_system(u.dtype)
         )
-        driven = (b * u[..., None, None]).flatten(1, 2)
-        linear_recurrence_step(decay, driven, state.ssm.view(driven.shape))
-        y = torch.einsum("bhmp,rhmp->brh", state.ssm, c) + self.D.to(u.dtype) * u[:, None]
+        y = diagonal_ssm_step(decay, b, c, self.D.to(u.dtype), u, state.ssm)
         return self._mix(y.to(x_t.dtype))
 
     def _step_system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """e^z (heads * modes, 2), b, and scale (Re c, -Im c), so that y is a real sum."""
+        """e^z, b, and scale (Re c, -Im c), so that y is a real sum."""
         z, b, c = self.recurrence()
         signs = torch.tensor([self.scale, -self.scale], device=c.device, dtype=c.dtype)
-        return exponential(z).flatten(0, 1).to(dtype), b.to(dtype), (c * signs).to(dtype)
+        return exponential(z).to(dtype), b.to(dtype), (c * signs).to(dtype)
 
     def init_state(
         self,
