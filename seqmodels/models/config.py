@@ -199,15 +199,25 @@ class ModelConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=
         tie_head: the head is the embedding matrix.
         objective: "next_token", or "prefix": next-token prediction after a prefix that prefix layers
             read in both directions. Only "prefix" admits prefix layers.
+        prefix_length: "prefix" only: tokens of the prefix that the model is trained with. Generation reads so
+            many tokens of a prompt in both directions; all of them when null.
     """
 
     vocab_size: int
     tie_head: bool = True
     objective: Literal["next_token", "prefix"] = "next_token"
+    prefix_length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size("vocab_size", self.vocab_size)
+        if self.prefix_length is not None:
+            _check_size("prefix_length", self.prefix_length)
+            if self.objective != "prefix":
+                raise ValueError(
+                    f"prefix_length is {self.prefix_length}, but objective is {self.objective!r}, which has no prefix; "
+                    "set objective: prefix or leave prefix_length out"
+                )
 
 
 class ClassifierConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -24,11 +24,13 @@ _DOCUMENTS, _ROWS = 0, 1  # streams of the shuffle
 
 
 class TextBatch(NamedTuple):
-    """``tokens`` and ``targets``: (rows, sequence_length) int64; ``lengths``: each row's document lengths."""
+    """``tokens`` and ``targets``: (rows, sequence_length) int64; ``lengths``: each row's document lengths;
+    ``masked``: (rows, prefix) bool where a prefix objective masks tokens."""
 
     tokens: Tensor
     targets: Tensor
     lengths: list[list[int]]
+    masked: Tensor | None = None
 
     def layout(self, capacity: int | None = None) -> Layout:
         return Layout.packed(self.lengths, self.tokens.shape[1], capacity=capacity)

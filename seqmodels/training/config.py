@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, apply_overrides, convert, load_yaml
 from seqmodels.models.config import ModelConfig
+from seqmodels.training.prefix import PrefixConfig, check_prefix
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -80,6 +81,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         model: the language model's configuration: a mapping, or the path of a YAML file relative
             to this one (it is read in, so that the run's own copy is complete).
+        prefix: weights and masks of the prefix objective; a model of that objective only.
         steps: optimiser steps.
         batch_size: rows a step, over all processes and micro-batches.
         accumulation: micro-batches a step on each process; they are averaged.
@@ -96,6 +98,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    prefix: PrefixConfig | None = None
     steps: Positive = 1000
     batch_size: Positive = 16
     accumulation: Positive = 1
@@ -131,6 +134,7 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
         raise ConfigError("the configuration has no key 'model'; give a mapping or the path of a model's YAML file")
     config = convert(data, TrainConfig)
     config.model.check_layers()
+    check_prefix(config.prefix, config.model, config.data.sequence_length)
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; "

@@ -34,7 +34,10 @@ class Display:
         if self._console is None:
             return
         if "validation_bits_per_byte" in row:
-            self._console.print(f"step {row['step']:>6}  held-out bits per byte {row['validation_bits_per_byte']:.4f}")
+            text = f"step {row['step']:>6}  held-out bits per byte {row['validation_bits_per_byte']:.4f}"
+            if "validation_masked_loss" in row:
+                text += f", masked tokens {row['validation_masked_loss']:.4f} nats"
+            self._console.print(text)
             return
         numbers = f"{row['bits_per_byte']:.3f} bits per byte, {row['tokens_per_second']:,.0f} tokens/s"
         if self._progress is not None:

@@ -83,6 +83,8 @@ def diverged(
         "document_counts": torch.tensor([len(row) for row in lengths]),
         "document_lengths": torch.tensor([length for row in lengths for length in row]),
     }
+    if batches[0].masked is not None:
+        tensors["masked"] = torch.cat([batch.masked for batch in batches if batch.masked is not None])
     report = {"what": what, "first_non_finite_output": output, "non_finite_gradients": gradients}
     saved = f"The batch, the weights and a report are in {folder}"
     try:

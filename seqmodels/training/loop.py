@@ -39,7 +39,7 @@ from seqmodels.training.divergence import (
     first_non_finite_output,
     non_finite_gradients,
 )
-from seqmodels.training.objective import Objective
+from seqmodels.training.objective import make_objective
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
@@ -47,6 +47,7 @@ from seqmodels.training.optimizer import (
     set_learning_rate,
 )
 from seqmodels.training.plot import plot_losses
+from seqmodels.training.prefix import PrefixMasking
 from seqmodels.training.run_folder import RunFolder
 from seqmodels.training.schedule import learning_rate_factor
 
@@ -87,16 +88,18 @@ class Trainer:
         self.config = config
         self.here = here
         self.rows = _rows_per_micro_batch(config, here.world_size)
-        if config.model.objective != "next_token":
-            raise ConfigError(f"model.objective is {config.model.objective!r}; train takes 'next_token' models only")
         # The main process tokenises; the others then find the cache.
         here.on_main(self._load_text)
         self.data = self._load_text()
+        self.masking = None
+        if config.model.objective == "prefix":
+            self.masking = PrefixMasking(config.prefix, config.model, self.data.tokenizer, config.seed)
         self.run = self._open_run(folder, resume)
 
         torch.manual_seed(config.seed)
         self.model = LanguageModel(config.model).to(here.device)
-        objective = Objective(self.model)
+        objective = make_objective(self.model, self.masking)
+        self.parts = objective.parts
         if config.compile:
             objective.compile()
         self.objective = parallelize(objective, list(self.model.backbone.blocks), config.parallel, here)
@@ -105,7 +108,7 @@ class Trainer:
         torch.manual_seed(config.seed * 1_000_003 + here.rank)
 
         self.step = 0
-        self._loss_sum, self._loss_count = 0.0, 0  # since the last metric row
+        self._loss_sum, self._loss_count = [0.0] * len(self.parts), 0  # since the last metric row
         latest = self.run.latest() if resume else None
         if latest is not None:
             self._restore(latest)
@@ -121,8 +124,8 @@ class Trainer:
             clock, counted = time.perf_counter(), self.step
             while self.step < config.steps:
                 factor = learning_rate_factor(config.schedule, self.step, config.steps)
-                loss, gradient_norm = self._take_step(factor)
-                self._loss_sum += loss
+                losses, gradient_norm = self._take_step(factor)
+                self._loss_sum = [total + loss for total, loss in zip(self._loss_sum, losses, strict=True)]
                 self._loss_count += 1
                 self.display.step(self.step)
                 if self.step % config.log_every == 0 or self.step == config.steps:
@@ -141,29 +144,29 @@ class Trainer:
             plot_losses(list(self.run.rows()), self.run.path / "loss.png")
         self.display.message(f"run folder: {self.run.path}")
 
-    def _take_step(self, factor: float) -> tuple[float, float]:
+    def _take_step(self, factor: float) -> tuple[list[float], float]:
         config = self.config
         self.objective.train()
         batches = [self._batch(index) for index in range(config.accumulation)]
-        mean = torch.zeros((), device=self.here.device)
+        mean = torch.zeros(len(self.parts), device=self.here.device)
         for index, batch in enumerate(batches):
             with gradient_exchange(self.objective, last=index == config.accumulation - 1):
-                loss, cross_entropy = self._forward(batch, self.data.train)
+                loss, parts = self._forward(batch, self.data.train)
                 (loss / config.accumulation).backward()
-            mean += cross_entropy.detach() / config.accumulation
+            mean += parts.detach() / config.accumulation
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss_value, norm_value = torch.stack([self.here.mean(mean), norm.to(mean)]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._stop(batches, loss_value, norm_value)  # before clipping, which spreads a NaN to all gradients
+        *losses, norm_value = torch.cat([self.here.mean(mean), norm.to(mean)[None]]).tolist()
+        if not all(map(math.isfinite, (*losses, norm_value))):
+            self._stop(batches, losses, norm_value)  # before clipping, which spreads a NaN to all gradients
         if config.optimizer.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
         set_learning_rate(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return loss_value, norm_value
+        return losses, norm_value
 
     def _load_text(self) -> TextData:
         return load_text(self.config.data, seed=self.config.seed, vocab_size=self.config.model.vocab_size)
@@ -171,7 +174,13 @@ class Trainer:
     def _batch(self, index: int) -> TextBatch:
         """Micro-batch ``index`` of the current step on this process."""
         place = index * self.here.world_size + self.here.rank
-        return self.data.train.batch(self.step * self.config.batch_size + place * self.rows, self.rows)
+        return self._rows(self.data.train, self.step * self.config.batch_size + place * self.rows, self.rows)
+
+    def _rows(self, data: PackedText, first: int, count: int) -> TextBatch:
+        """Rows of ``data`` with the positions that the prefix objective masks in them."""
+        if self.masking is None:
+            return data.batch(first, count)
+        return self.masking.batch(data, first, count, validation=data is self.data.validation)
 
     def _forward(self, batch: TextBatch, data: PackedText) -> tuple[Tensor, Tensor]:
         device = self.here.device
@@ -179,15 +188,16 @@ class Trainer:
         capacity = data.document_capacity(self.rows) if self.config.compile else None
         layout = batch.layout(capacity).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.objective(batch.tokens.to(device), batch.targets.to(device), layout)
+            masked = None if batch.masked is None else batch.masked.to(device)
+            return self.objective(batch.tokens.to(device), batch.targets.to(device), layout, masked)
 
     def _log(self, factor: float, gradient_norm: float, steps_per_second: float) -> None:
-        loss = self._loss_sum / self._loss_count
-        self._loss_sum, self._loss_count = 0.0, 0
+        means = {name: total / self._loss_count for name, total in zip(self.parts, self._loss_sum, strict=True)}
+        self._loss_sum, self._loss_count = [0.0] * len(self.parts), 0
         tokens_per_step = self.config.batch_size * self.config.data.sequence_length
         self._write(
-            loss=loss,
-            bits_per_byte=loss / math.log(2) / self.data.train.bytes_per_token,
+            **means,
+            bits_per_byte=means["loss"] / math.log(2) / self.data.train.bytes_per_token,
             learning_rate=self.config.optimizer.learning_rate * factor,
             gradient_norm=gradient_norm,
             tokens=self.step * tokens_per_step,
@@ -199,13 +209,14 @@ class Trainer:
         """Mean loss over a fixed sample of held-out rows, the same at every validation."""
         self.objective.eval()
         rows = max(1, min(self.config.validation_rows, data.rows_per_epoch) // self.here.world_size)
-        total = torch.zeros((), device=self.here.device)
+        total = torch.zeros(len(self.parts), device=self.here.device)
         for begin in range(0, rows, self.rows):
             count = min(self.rows, rows - begin)
-            _, cross_entropy = self._forward(data.batch(self.here.rank * rows + begin, count), data)
-            total += cross_entropy * count
-        loss = self.here.mean(total / rows).item()
-        self._write(validation_loss=loss, validation_bits_per_byte=loss / math.log(2) / data.bytes_per_token)
+            _, parts = self._forward(self._rows(data, self.here.rank * rows + begin, count), data)
+            total += parts * count
+        losses = self.here.mean(total / rows).tolist()
+        means = {f"validation_{name}": loss for name, loss in zip(self.parts, losses, strict=True)}
+        self._write(**means, validation_bits_per_byte=losses[0] / math.log(2) / data.bytes_per_token)
 
     def _write(self, **values: Any) -> None:
         row = {"step": self.step, **values, "time": time.time()}
@@ -269,7 +280,7 @@ class Trainer:
         self.here.on_main(lambda: (RunFolder.resume if resume else RunFolder.create)(folder, self.config))
         return RunFolder(folder)
 
-    def _stop(self, batches: list[TextBatch], loss: float, norm: float) -> None:
+    def _stop(self, batches: list[TextBatch], losses: list[float], norm: float) -> None:
         """Saves the batch and the weights before this step, and raises :class:`TrainingDiverged`."""
         weights = {
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -277,7 +288,8 @@ class Trainer:
         }
         raise diverged(
             self.run.path / f"diverged_step_{self.step:08d}",
-            f"step {self.step}: loss {loss}, gradient norm {norm}",
+            f"step {self.step}: {', '.join(f'{a} {b}' for a, b in zip(self.parts, losses, strict=True))}, "
+            f"gradient norm {norm}",
             batches,
             weights if self.here.is_main else None,
             rank=self.here.rank,
