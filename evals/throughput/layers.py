@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import seqmodels
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error, tensors_of
 from evals.throughput.rivals import require
+from evals.throughput.state_space import s4d_rival
 from seqmodels.models.arguments import build_layer
 from seqmodels.models.initialization import construction
 
@@ -286,6 +287,8 @@ def _rivals(case: Case, layer: nn.Module, device: torch.device) -> Iterator[Any]
         yield "mamba-ssm Mamba2", lambda: _mamba_ssm("mamba2", "Mamba2", layer, width).to(**made), {}
     if case.layer == "mamba3":
         yield "mamba-ssm Mamba3", lambda: _mamba_ssm("mamba3", "Mamba3", layer, width).to(**made), {}
+    if case.layer == "s4d" and case.mode != "decode":
+        yield s4d_rival(layer)
     softmax = {"same_function": False, "omits": "softmax attention of the same width, not the same function"}
     yield "sdpa layer", lambda: SdpaLayer(width).to(**made), softmax
 

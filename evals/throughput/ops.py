@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import seqmodels
-from evals.throughput import rivals
+from evals.throughput import rivals, state_space
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error
 from seqmodels import backends
 
@@ -349,5 +349,13 @@ OPS: dict[str, Op] = {
     "mamba3": Op(
         _mamba3_inputs, _mamba3, _mamba3_cost, _mamba3_backward_cost,
         ("x", "b", "c", "z", "dt", "log_decay", "trapezoid", "rate", "b_bias", "c_bias", "skip"), _mamba3_rivals,
+    ),
+    "vandermonde": Op(
+        state_space.vandermonde_inputs, state_space.vandermonde, state_space.vandermonde_cost,
+        state_space.vandermonde_backward_cost, ("z", "weight"), state_space.vandermonde_rivals,
+    ),
+    "linear_recurrence": Op(
+        state_space.recurrence_inputs, state_space.recurrence, state_space.recurrence_cost,
+        state_space.recurrence_backward_cost, ("decay", "x"), state_space.recurrence_rivals,
     ),
 }  # fmt: skip

@@ -119,6 +119,24 @@ def _cpu() -> Iterator[Case]:
             yield _layer(name, "forward+backward", float32, 1, 1024, 256, 5, rivals=False)
 
 
+    yield from _state_space_cpu()
+
+
+def _state_space_cpu() -> Iterator[Case]:
+    """Diagonal state-space models beside the plain forms they replace, whose longest calls take seconds: those late."""
+    float32 = "float32"
+    for mode in ("forward", "forward+backward"):
+        for length, priority in ((1024, 1), (4096, 2), (16384, 6)):
+            yield Case("op", "vandermonde", mode, float32, 1, length, {"H": 256, "N": 64}, priority)
+        yield Case("op", "vandermonde", mode, float32, 1, 4096, {"H": 512, "N": 64}, 6)
+        for sizes in ({"C": 1024}, {"C": 1024, "V": 1}):
+            yield Case("op", "linear_recurrence", mode, float32, 1, 4096, sizes, 1)
+        for batch, length, priority in ((1, 1024, 1), (8, 1024, 2), (1, 4096, 2), (1, 16384, 6)):
+            yield _layer("s4d", mode, float32, batch, length, 256, priority)
+    for batch, width in ((1, 1024), (16, 256), (16, 1024)):
+        yield _layer("s4d", "decode", float32, batch, 1024, width, 4)
+
+
 def _gpu() -> Iterator[Case]:
     """bfloat16; the shapes of the published tables and of the floors in the performance notes."""
     bfloat16 = "bfloat16"
@@ -138,6 +156,12 @@ def _gpu() -> Iterator[Case]:
         yield Case("op", "attention", mode, bfloat16, 8, 8192, {"H": 16, "P": 128}, priority + 3)
         yield Case("op", "mamba3", mode, bfloat16, 1, 32768, recurrence, priority + 1)
         yield Case("op", "linear_attention", mode, bfloat16, 1, 32768, attention, priority + 1)
+    for mode, priority in (("forward", 2), ("forward+backward", 3)):
+        for sizes in ({"C": 1024}, {"C": 1024, "V": 1}):
+            yield Case("op", "linear_recurrence", mode, "float32", 8, 8192, sizes, priority)
+        yield Case("op", "vandermonde", mode, "float32", 1, 16384, {"H": 512, "N": 64}, priority)
+        for length in (1024, 8192):
+            yield _layer("s4d", mode, "float32", 8, length, 512, priority)
     for name in ("mamba3", "mamba2"):
         for batch in (128, 1):
             yield _layer(name, "decode", bfloat16, batch, 1024, 2048, 1)

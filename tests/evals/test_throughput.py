@@ -45,7 +45,15 @@ def of_metric(rows, metric):
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 @pytest.mark.parametrize(
     ("op", "sizes"),
-    [("linear_attention", TINY), ("short_conv", {"C": 8, "W": 4}), ("attention", {"H": 2, "P": 8}), ("mamba3", TINY)],
+    [
+        ("linear_attention", TINY),
+        ("short_conv", {"C": 8, "W": 4}),
+        ("attention", {"H": 2, "P": 8}),
+        ("mamba3", TINY),
+        ("vandermonde", {"H": 3, "N": 8}),
+        ("linear_recurrence", {"C": 3}),
+        ("linear_recurrence", {"C": 3, "V": 1}),
+    ],
 )
 def test_op_cases_agree_with_float64_before_they_are_timed(tmp_path, op, sizes, mode):
     case = Case("op", op, mode, "float32", 1, 33, sizes)
@@ -74,6 +82,22 @@ def test_layer_and_model_cases(tmp_path, kind, mode):
     (state,) = of_metric(rows, "state_bytes")
     assert state["value"] > 0
     assert any("sdpa" in row["rival"] for row in of_metric(rows, "ratio"))
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward", "decode"])
+def test_s4d_beside_its_plain_form(tmp_path, mode):
+    rows, _, _ = measure([Case("layer", "s4d", mode, "float32", 2, 20, {"d_model": 16})], tmp_path)
+    assert not of_metric(rows, "failed"), of_metric(rows, "failed")
+    beside = [row for row in of_metric(rows, "ratio") if row["rival"] == "S4D in plain PyTorch"]
+    assert len(beside) == (mode != "decode")
+
+
+def test_plain_s4d_is_the_same_function():
+    from evals.throughput.state_space import PlainS4D
+    from seqmodels.mixers import S4D
+
+    layer, x = S4D(6, d_state=8, dtype=torch.float64), torch.randn(2, 11, 6, dtype=torch.float64)
+    torch.testing.assert_close(PlainS4D(layer)(x), layer(x).y, rtol=1e-10, atol=1e-10)
 
 
 def test_wrong_contestant_is_named_and_not_timed(tmp_path, monkeypatch):
