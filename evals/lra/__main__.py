@@ -24,6 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=2")
     parser.add_argument("--data", type=Path, metavar="DIR", help="of all tasks' data; $SEQMODELS_LRA_DATA unless given")
     parser.add_argument(
+        "--source", choices=("auto", "generated", "release"), default="auto",
+        help="of ListOps and Pathfinder: what 'generate' made, the files of lra_release.gz, or (auto) whichever is there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("s4", "lra"), default="s4",
+        help="of Pathfinder: permuted as in S4's and S5's code (the published results), or in the order of the files",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="of results.jsonl and runs/; what is there is gone on from"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
@@ -87,11 +95,11 @@ def _baselines(task: str, options: argparse.Namespace, parser: argparse.Argument
     from evals.lra.baselines import baselines
     from evals.lra.rows import SUITE, write_baselines
     from evals.results import Results
-    from seqmodels.tasks.lra import load_task
+    from seqmodels.tasks.lra import DataOptions, load_task
 
     if options.out is None:
         parser.error("--out DIR is missing")
-    data = load_task(task, options.data)
+    data = load_task(task, options.data, DataOptions(options.source, options.split))
     found = baselines(data)
     write_baselines(Results(options.out, SUITE), task, found, data.digest)
     for name, value in found.items():
@@ -108,7 +116,7 @@ def _train(task: str, options: argparse.Namespace, parser: argparse.ArgumentPars
     from evals.lra.rows import SUITE, collect, write_run
     from evals.lra.training import Trainer
     from evals.results import Results, read
-    from seqmodels.tasks.lra import load_task, task_named
+    from seqmodels.tasks.lra import DataOptions, load_task, task_named
 
     task_named(task)
     if options.config is None:
@@ -117,7 +125,7 @@ def _train(task: str, options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--out DIR is missing")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs = [load_run(options.config, task, seed, options.set) for seed in options.seeds]
-    data = load_task(task, options.data)
+    data = load_task(task, options.data, DataOptions(options.source, options.split))
     results = Results(options.out, SUITE)
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     for run in runs:

@@ -43,7 +43,7 @@ def examples(count, seed):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     data = TaskData(examples(40, 0), examples(16, 1), examples(24, 2), 18)
-    monkeypatch.setitem(TASKS, "listops-256", TASKS["listops-256"]._replace(load=lambda folder: data))
+    monkeypatch.setitem(TASKS, "listops-256", TASKS["listops-256"]._replace(load=lambda folder, options: data))
     (tmp_path / "tiny.yaml").write_text(PLAN)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -161,6 +161,8 @@ def test_wrong_commands(tmp_path, capsys):
         (["image", "--config", "s5", "--out", str(tmp_path), "--data", str(tmp_path)], "cifar-10-binary.tar.gz"),
         (["--report", str(tmp_path / "nothing")], "no finished lra runs"),
         (["generate", "text"], "is not generated, it is loaded"),
+        (["generate", "pathfinder64"], "generated are listops, pathfinder32, pathfinder128"),
+        (["image", "--config", "s5", "--out", str(tmp_path), "--split", "lra"], "'image' has no option split=lra"),
     ]:
         assert command.main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -174,7 +176,7 @@ def test_wrong_commands(tmp_path, capsys):
 @pytest.mark.parametrize("name", plan_names())
 def test_shipped_configurations(name):
     plan = convert(load_yaml(FOLDER / f"{name}.yaml"), ModelPlan)
-    assert set(TASKS) - {"listops-256", "digits"} <= set(plan.tasks)
+    assert {"listops", "text", "retrieval", "image", "pathfinder32", "pathfinder128"} <= set(plan.tasks)
     assert plan.published is None or plan.published in PUBLISHED
     for task in plan.tasks:
         classifier_config(load_run(name, task, 0), 20)
@@ -207,6 +209,6 @@ def test_contact_sheet(tmp_path):
         contact_sheet(tmp_path / "nothing", tmp_path / "sheet.png")
 
 
-def make_squares(settings, shard, count):
+def make_squares(settings, shard, count, refused):
     labels = np.arange(count) % 2
     return Examples(np.repeat(255 * labels, 16).astype(np.uint8), np.arange(count + 1) * 16, labels)

@@ -1,12 +1,17 @@
-"""Text, Retrieval and Image from tiny files; a missing, cut or wrong file is an error that says what to do."""
+"""The loaders on tiny files that the tests make: a missing, cut or wrong file is an error that says what to do."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from seqmodels.tasks.lra import DataError, load_task
+from seqmodels.configuration import ConfigError
+from seqmodels.tasks.lra import DataError, DataOptions, listops, load_task, release
 from seqmodels.tasks.lra.characters import END, UNKNOWN, Characters
+from seqmodels.tasks.lra.draws import Draws
+from seqmodels.tasks.lra.loaders import _luma
+from seqmodels.tasks.lra.splits import torch_permutation
 
 
 def test_characters():
@@ -134,6 +139,157 @@ def test_image_errors(tmp_path):
     (target / "test_batch.bin").unlink()
     with pytest.raises(DataError, match=r"test_batch.bin is missing"):
         load_task("image", tmp_path)
+
+
+def test_grey_is_that_of_pillow():
+    image = pytest.importorskip("PIL.Image")
+    colour = (Draws(0, 3).raw() + np.arange(4096 * 3, dtype=np.uint64) * 2654435761 >> 7).astype(np.uint8)
+    colour = colour.reshape(64, 64, 3)
+    assert np.array_equal(_luma(colour), np.asarray(image.fromarray(colour).convert("L")))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 45, 50_000])
+def test_permutation_is_that_of_torch(count):
+    for seed in (42, 0, 123456):
+        expected = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        assert np.array_equal(torch_permutation(seed, count), expected.numpy())
+
+
+def test_image_split_is_that_of_random_split(tmp_path):
+    target = pictures(tmp_path, records=40)
+    for index in range(1, 6):  # a picture's value says which it is
+        content = np.fromfile(target / f"data_batch_{index}.bin", dtype=np.uint8).reshape(-1, 3073)
+        content[:, 1:] = ((index - 1) * 40 + np.arange(40))[:, None]
+        content.tofile(target / f"data_batch_{index}.bin")
+    data = load_task("image", tmp_path)
+    train, validation = torch.utils.data.random_split(
+        range(200), [180, 20], generator=torch.Generator().manual_seed(42)
+    )
+    assert data.train.values[::1024].tolist() == list(train)
+    assert data.validation.values[::1024].tolist() == list(validation)
+
+
+# ---- the release's ListOps
+
+
+def trees(folder, counts=(3, 2, 2)):
+    place = folder / "lra_release" / "listops-1000"
+    place.mkdir(parents=True)
+    for part, count in zip(("train", "val", "test"), counts, strict=True):
+        rows = [f"( ( ( [MAX {index} ) 9 ) ] )\t9\n" for index in range(count)]
+        (place / f"basic_{part}.tsv").write_text("Source\tTarget\n" + "".join(rows))
+    return place
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(release, "LISTOPS_SIZES", {"train": 3, "val": 2, "test": 2})
+    monkeypatch.setattr(release, "PATHFINDER_SIZE", 20)
+
+
+def test_released_listops(tmp_path, few):
+    trees(tmp_path)
+    data = load_task("listops", tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 2, 2)
+    assert data.train.labels.tolist() == [9, 9, 9]
+    assert listops.source_text(data.train.row(1)) == "( ( ( [MAX 1 ) 9 ) ] )"
+    assert data.train.row(1)[-1] == listops.END
+    assert data.vocab_size == 18
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Source\tTarget\n( ( ( [MAX 2 ) 9 ) ] )\t9\n( ( [MA", r"basic_val.tsv:3 ends in .*partial download"),
+        ("Source\tTarget\n( ( ( [MAX 2 ) 9 ) ] )\t12\n", r"basic_val.tsv:2 ends in '12'"),
+        ("Source\tTarget\n( ( ( [AVG 2 ) 9 ) ] )\t2\n", r"basic_val.tsv:2 is no tree.*\[MAX"),
+        ("Source\tTarget\n( ( ( [MAX 2 ) 9 ) ] )\t9\n", r"has 1 trees, the released file 2: it is cut off"),
+        ("( ( ( [MAX 2 ) 9 ) ] )\t9\n", "expected the columns Source and Target"),
+        (b"Source\tTarget\n\xff\xfe", "is not UTF-8 text"),
+        (None, r"basic_val.tsv is missing beside basic_train.tsv; unpack lra_release.gz"),
+    ],
+)
+def test_released_listops_errors(tmp_path, few, content, message):
+    path = trees(tmp_path) / "basic_val.tsv"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        load_task("listops", tmp_path)
+
+
+# ---- the release's Pathfinder
+
+
+def paths(folder, side=32, count=20):
+    """Pictures whose every pixel is their number in the order of batches 2, 10; labels alternate."""
+    image = pytest.importorskip("PIL.Image")
+    place = folder / f"pathfinder{side}" / "curv_contour_length_14"
+    (place / "metadata").mkdir(parents=True)
+    for number, batch in enumerate((2, 10)):
+        (place / "imgs" / str(batch)).mkdir(parents=True)
+        lines = []
+        for index in range(count // 2):
+            value = number * (count // 2) + index
+            picture = image.fromarray(np.full((side, side), value, np.uint8))
+            picture.save(place / "imgs" / str(batch) / f"sample_{index}.png")
+            lines.append(f"imgs/{batch} sample_{index}.png {index} {value % 2} 1.0 14 4 2 0.5 1 1\n")
+        (place / "metadata" / f"{batch}.npy").write_text("".join(lines))
+    return place
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_released_pathfinder(tmp_path, few, side):
+    paths(tmp_path, side)
+    data = load_task(f"pathfinder{side}", tmp_path)
+    parts = torch.utils.data.random_split(range(20), [16, 2, 2], generator=torch.Generator().manual_seed(42))
+    for found, expected in zip(data[:3], parts, strict=True):
+        assert found.values.reshape(-1, side * side)[:, 5].tolist() == list(expected)
+        assert found.labels.tolist() == [value % 2 for value in expected]
+    ordered = load_task(f"pathfinder{side}", tmp_path, DataOptions(split="lra"))
+    assert [part.values[:: side * side].tolist() for part in ordered[:3]] == [[*range(16)], [16, 17], [18, 19]]
+
+
+def test_released_pathfinder_errors(tmp_path, few):
+    place = paths(tmp_path)
+    picture = place / "imgs" / "10" / "sample_3.png"
+    whole, metadata = picture.read_bytes(), (place / "metadata" / "10.npy").read_text()
+
+    def refused(message, name="pathfinder32", options=DataOptions()):  # noqa: B008
+        with pytest.raises(DataError, match=message):
+            load_task(name, tmp_path, options)
+
+    for damaged in (b"", whole[: len(whole) // 2], b"text", b"\x89PNG\r\n\x1a\n" + b"0" * 40):
+        picture.write_bytes(damaged)
+        refused(r"sample_3.png is no whole picture")
+    picture.write_bytes((paths(tmp_path / "other", 64) / "imgs" / "2" / "sample_0.png").read_bytes())
+    refused(r"sample_3.png is 64 x 64 pixels, expected 32 x 32")
+    picture.unlink()
+    refused(r"sample_3.png is missing, but the metadata name it")
+    picture.write_bytes(whole)
+    (place / "metadata" / "10.npy").write_text(metadata[:-40])
+    refused(r"10.npy:10 is .*expected folder, file, number and a label")
+    (place / "metadata" / "10.npy").write_bytes(b"\x93NUMPY\xff\xff")
+    refused(r"10.npy is not text")
+    (place / "metadata" / "10.npy").unlink()
+    refused(r"name 10 pictures, the release 20: it was unpacked in part")
+    (place / "metadata" / "2.npy").unlink()
+    refused(r"metadata holds no NUMBER.npy")
+    refused(r"(?s)no data of pathfinder128 .*evals.lra generate pathfinder128.*lra_release.gz", "pathfinder128")
+    refused(r"no data of pathfinder256 .*Unpack lra_release.gz", "pathfinder256")
+    refused(r"no data of pathfinder128 .*\. Unpack lra_release.gz", "pathfinder128", DataOptions(source="release"))
+
+
+def test_options_of_the_data(tmp_path, few):
+    trees(tmp_path)
+    with pytest.raises(DataError, match=r"no data in .*listops"):
+        load_task("listops", tmp_path, DataOptions(source="generated"))
+    with pytest.raises(ConfigError, match="task 'image' has no option split=lra; split is for pathfinder32"):
+        load_task("image", tmp_path, DataOptions(split="lra"))
+    with pytest.raises(ConfigError, match="'listops-256' has no option source=release"):
+        load_task("listops-256", tmp_path, DataOptions(source="release"))
+    with pytest.raises(ConfigError, match="'pathfinder64' is not generated"):
+        load_task("pathfinder64", tmp_path, DataOptions(source="generated"))
 
 
 def test_digits():

@@ -9,13 +9,13 @@ Trees of 500 < length < 2000 are kept, no tree twice. A digit has length 1, an o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from seqmodels.tasks.lra.draws import Draws
-from seqmodels.tasks.lra.examples import Examples, gather
+from seqmodels.tasks.lra.examples import Examples, gather, row_key
 
 MAX_DEPTH = 10
 CHILDREN = (2, 10)
@@ -39,15 +39,20 @@ class _TooLong(Exception):
     pass
 
 
-def generate(count: int, lengths: Lengths, draws: Draws) -> Examples:
-    """``count`` different trees: their ids with the end mark, and their values."""
+def generate(count: int, lengths: Lengths, draws: Draws, refused: Collection[bytes] = ()) -> Examples:
+    """``count`` different trees: their ids with the end mark, and their values.
+
+    Args:
+        refused: :func:`~seqmodels.tasks.lra.examples.row_key` of rows that must not be among them.
+    """
     seen: set[bytes] = set()
     rows, labels = [], []
     for tokens, value in _trees(lengths, draws):
-        key = bytes(tokens)
-        if key not in seen:
+        row = encode(tokens)
+        key = row_key(row)
+        if key not in seen and key not in refused:
             seen.add(key)
-            rows.append(encode(tokens))
+            rows.append(row)
             labels.append(value)
         if len(rows) == count:
             return gather(rows, np.array(labels))

@@ -10,12 +10,13 @@ import numpy as np
 
 from seqmodels.tasks.lra.characters import Characters
 from seqmodels.tasks.lra.examples import Examples, gather
+from seqmodels.tasks.lra.release import WHERE, places
 from seqmodels.tasks.lra.shards import DataError
-from seqmodels.tasks.shuffle import permutation
+from seqmodels.tasks.lra.splits import SEED, torch_permutation
 
 TEXT_LENGTH, RETRIEVAL_LENGTH = 4096, 4000  # end mark included
 TEXT_MIN_COUNT = 15
-IMAGE_SEED, IMAGE_VALIDATION = 42, 0.1
+IMAGE_VALIDATION = 0.1
 _RECORD = 1 + 3 * 32 * 32  # of CIFAR-10's binary files: a label and three planes
 
 Splits = tuple[Examples, Examples, Examples]
@@ -41,7 +42,7 @@ def load_text(folder: Path) -> tuple[Splits, int]:
             f"or run: python -c \"from datasets import load_dataset; load_dataset('stanfordnlp/imdb')"
             f".save_to_disk('{saved}')\""
         )
-    characters = Characters((text for text, _ in parts["train"]), TEXT_MIN_COUNT)
+    characters = Characters((text[: TEXT_LENGTH - 1] for text, _ in parts["train"]), TEXT_MIN_COUNT)
     train, test = (
         gather([characters.encode(text, TEXT_LENGTH - 1) for text, _ in part], np.array([label for _, label in part]))
         for part in (parts["train"], parts["test"])
@@ -71,18 +72,17 @@ def load_retrieval(folder: Path) -> tuple[Splits, int]:
     ``new_aan_pairs.{train,eval,test}.tsv`` in ``folder``, ``folder/tsv_data`` or the release's own folders.
     """
     names = [f"new_aan_pairs.{part}.tsv" for part in ("train", "eval", "test")]
-    places = (folder, folder / "tsv_data", folder / "lra_release" / "tsv_data", folder / "lra_release" / "lra_release" / "tsv_data")  # fmt: skip # noqa: E501
-    place = next((place for place in places if (place / names[0]).exists()), None)
+    place = next((place for place in (folder, *places(folder, "tsv_data")) if (place / names[0]).exists()), None)
     if place is None:
         raise DataError(
-            f"Retrieval needs {', '.join(names)} in {folder / 'tsv_data'}. They are in lra_release.gz, linked from "
-            "https://github.com/google-research/long-range-arena; five columns between tabs, no header: "
+            f"Retrieval needs {', '.join(names)} in {folder / 'tsv_data'}. They are in "
+            f"{WHERE}; five columns between tabs, no header: "
             "label (0.0 or 1.0), id, id, text, text"
         )
     for name in names:
         if not (place / name).exists():
             raise DataError(f"{place / name} is missing beside {names[0]}; unpack the release again")
-    characters = Characters(text for _, *texts in _pairs(place / names[0]) for text in texts)
+    characters = Characters(text[: RETRIEVAL_LENGTH - 1] for _, *texts in _pairs(place / names[0]) for text in texts)
     splits = []
     for name in names:
         rows, labels = [], []
@@ -109,7 +109,8 @@ def _pairs(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def load_image(folder: Path) -> Splits:
-    """CIFAR-10 in grey, 1024 pixels row by row; a tenth of the training pictures is for validation.
+    """CIFAR-10 in grey, 1024 pixels row by row; 5000 of the 50,000 training pictures, as S4's code draws them, are
+    for validation.
 
     ``folder/cifar-10-batches-bin`` (the binary version) or ``folder/cifar10`` (a saved ``datasets`` data set).
     """
@@ -131,9 +132,9 @@ def load_image(folder: Path) -> Splits:
             f"load_dataset('uoft-cs/cifar10').save_to_disk('{saved}')\""
         )
     grey = [_luma(part) for part in colour]
-    order = permutation(IMAGE_SEED, count=len(grey[0]))
-    cut = round(len(order) * IMAGE_VALIDATION)
-    train, validation = (_pictures(grey[0][part], labels[0][part]) for part in (order[cut:], order[:cut]))
+    order = torch_permutation(SEED, len(grey[0]))
+    cut = len(order) - round(len(order) * IMAGE_VALIDATION)
+    train, validation = (_pictures(grey[0][part], labels[0][part]) for part in (order[:cut], order[cut:]))
     return train, validation, _pictures(grey[1], labels[1])
 
 
@@ -151,9 +152,9 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _luma(colour: np.ndarray) -> np.ndarray:
-    """ITU-R 601 luma, rounded to 8 bits: (299 R + 587 G + 114 B) / 1000."""
-    weighted = colour.astype(np.uint32) @ np.array([299, 587, 114], dtype=np.uint32)
-    return ((weighted + 500) // 1000).astype(np.uint8)
+    """ITU-R 601 luma, 0.299 R + 0.587 G + 0.114 B, in the 16-bit fractions and with the rounding of Pillow."""
+    weighted = colour.astype(np.uint32) @ np.array([19595, 38470, 7471], dtype=np.uint32)
+    return ((weighted + 0x8000) >> 16).astype(np.uint8)
 
 
 def _pictures(grey: np.ndarray, labels: np.ndarray) -> Examples:

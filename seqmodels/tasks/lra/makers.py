@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from seqmodels.tasks.lra.examples import Examples, gather
 _LISTOPS, _PATHFINDER = 1, 2  # streams of the random numbers
 
 
-def make_listops(settings: dict[str, Any], shard: int, count: int) -> Examples:
+def make_listops(settings: dict[str, Any], shard: int, count: int, refused: Collection[bytes] = ()) -> Examples:
     lengths = listops.Lengths(settings["above"], settings["below"])
-    return listops.generate(count, lengths, Draws(settings["seed"], _LISTOPS, shard))
+    return listops.generate(count, lengths, Draws(settings["seed"], _LISTOPS, shard), refused)
 
 
-def make_pathfinder(settings: dict[str, Any], shard: int, count: int) -> Examples:
+def make_pathfinder(settings: dict[str, Any], shard: int, count: int, refused: Collection[bytes] = ()) -> Examples:
+    """``refused`` is not looked at: the original refuses no repeated picture either."""
     side = settings["side"]
     draws = Draws(settings["seed"], _PATHFINDER, side, shard)
     pictures = [pathfinder.generate(pathfinder.SETTINGS[side], draws) for _ in range(count)]

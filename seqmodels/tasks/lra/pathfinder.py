@@ -5,11 +5,13 @@ other end of the same path (label 1) or of the other one (label 0). Each path gr
 behind its head, a candidate pixel on a circle about the pivot, chosen with probability in proportion to
 (1 - occupied) cos^2(min(c |turn|, pi / 2)). Pictures are stretched to 0..255.
 
-Coordinates are (y, x); an angle's direction is (sin, cos).
+Coordinates are (y, x); an angle's direction is (sin, cos). Pivots are whole pixels, so a paddle is one of a few
+dozen small pictures that :class:`_Brush` draws once; what is left for a picture is to place them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,9 +21,10 @@ import numpy as np
 from seqmodels.tasks.lra.draws import Draws
 from seqmodels.tasks.lra.raster import ANTIALIAS, dilate, direction, disc, line, reduce, round_up
 
-_CIRCLE = np.array([direction(degrees) for degrees in range(360)])
 BORDER = 1
 CROWDED = 1.8  # two paddles' masks may touch, not cross
+OCCUPIED = 0.3  # a faint rim of a mask does not occupy a pixel
+NO_WAY = 1e-4  # least sum of the candidates' weights
 SEED_TRIES, EXTEND_TRIES, DISTRACTOR_TRIES = 3, 3, 5
 FREE_SHARE = 0.01  # no more distractors once fewer pixels are free
 
@@ -87,32 +90,81 @@ class _Window(NamedTuple):
         np.maximum(self.over(picture), factor * self.values, out=self.over(picture))
 
 
+class _Brush:
+    """Everything about paddles of one size and margin that no picture changes."""
+
+    def __init__(self, settings: Settings, margin: int) -> None:
+        self.settings, self.margin = settings, margin
+        self.reach = settings.paddle + margin  # of a pivot's circle
+        self.half = settings.paddle + math.ceil(settings.thickness) + margin  # of a paddle's window
+        self._drawn: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        self._kernels: dict[int, np.ndarray | None] = {}
+        # One sample for each pixel of the circle's length, each cut to the pixel it falls into.
+        samples = [
+            direction(index * 360 / (2 * math.pi * self.reach)) for index in range(math.ceil(2 * math.pi * self.reach))
+        ]
+        pixels = {tuple(math.floor(round(self.reach * part, 9)) for part in sample) for sample in samples}
+        self.circle = np.array(sorted(pixels))  # (candidates, 2) from the pivot
+        self.angles = np.arctan2(self.circle[:, 0], self.circle[:, 1])
+
+    def paddle(self, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+        """A paddle from the middle of a window, and its mask, both in [0, 1]."""
+        if degrees not in self._drawn:
+            side, length = 2 * self.half * ANTIALIAS + 1, self.settings.paddle * ANTIALIAS
+            y, x = direction(degrees)
+            end = (round_up(length * y), round_up(length * x))
+            fine = line(side, end, round(self.settings.thickness * ANTIALIAS))
+            wide = dilate(fine, disc(self.margin * ANTIALIAS))
+            self._drawn[degrees] = reduce(fine * 255.0) / 255, reduce(wide * 255.0) / 255
+        return self._drawn[degrees]
+
+    def kernel(self, degrees: int) -> np.ndarray | None:
+        """(pixels, 2) offsets from a tail that must be free for a first paddle at this angle; None: it always fails.
+
+        The original asks an image library for a dilation whose border value makes the attempt fail
+        wherever the kernel could lie wholly outside the picture; so does this one, since that decides how
+        many distractors there are.
+        """
+        if degrees not in self._kernels:
+            _, mask = self.paddle(degrees)
+            offsets = np.argwhere(mask >= 1) - self.half + 1  # the kernel's line starts one pixel off its middle
+            offsets = offsets[(np.abs(offsets) <= self.reach).all(1)]
+            self._kernels[degrees] = offsets if len(offsets) and not _leaves(offsets) else None
+        return self._kernels[degrees]
+
+
+def _leaves(offsets: np.ndarray) -> bool:
+    """Whether a kernel at one of the picture's corners lies wholly outside: the corners are the worst pixels."""
+    y, x = offsets[:, 0], offsets[:, 1]
+    return any(bool(((v * y < 0) | (h * x < 0)).all()) for v in (1, -1) for h in (1, -1))
+
+
+@functools.cache
+def _brush(settings: Settings, margin: int) -> _Brush:
+    return _Brush(settings, margin)
+
+
 class _Snake:
     """One growing path: its paddles, the last one's mask, its tips, where it turns next."""
 
-    def __init__(self, canvas: _Canvas, tail: tuple[int, int], degrees: float) -> None:
-        y, x = direction(degrees)
+    def __init__(self, canvas: _Canvas, tail: tuple[int, int], pivot: tuple[int, int], degrees: int) -> None:
         picture, self.mask = canvas.paddle(tail, degrees)
         self.drawn = [picture]
         self.angle = math.radians(degrees)
-        head = (tail[0] + canvas.settings.paddle * y, tail[1] + canvas.settings.paddle * x)
-        reach = canvas.settings.paddle + canvas.margin
-        self.pivot = (head[0] - reach * y, head[1] - reach * x)
+        self.pivot = pivot
         self.tips = [tail]  # the first pixel, then the far end of every paddle
 
     def extend(self, canvas: _Canvas, occupied: np.ndarray) -> np.ndarray:
         """One paddle more; the occupied pixels with the paddle before it."""
-        settings = canvas.settings
-        stride = settings.paddle + 2 * canvas.margin
-        pivot = (self.pivot[0] + stride * math.sin(self.angle), self.pivot[1] + stride * math.cos(self.angle))
-        pixels = canvas.circle(pivot)
-        if not len(pixels):
-            raise _Failed
-        angles = np.arctan2(pixels[:, 0] - pivot[0], pixels[:, 1] - pivot[1])
+        settings, brush = canvas.settings, canvas.brush
+        pivot = _at(self.pivot, math.degrees(self.angle), settings.paddle + 2 * canvas.brush.margin)
+        pixels = brush.circle + pivot
+        inside = ((pixels >= 0) & (pixels < settings.side)).all(1)
+        pixels, angles = pixels[inside], brush.angles[inside]
         turns = np.abs((angles - self.angle + math.pi) % (2 * math.pi) - math.pi)
         smooth = np.cos(np.minimum(settings.continuity * turns, math.pi / 2)) ** 2
-        weights = np.maximum(0.0, 1 - canvas.highest_near(occupied, pixels)) * np.where(smooth > 1e-12, smooth, 0.0)
-        if weights.sum() <= 0:
+        weights = (1 - canvas.highest_near(occupied, pixels)) * np.where(smooth > 1e-12, smooth, 0.0)
+        if weights.sum() < NO_WAY:
             raise _Failed
         for _ in range(EXTEND_TRIES):
             chosen = canvas.draws.weighted(weights)
@@ -132,64 +184,39 @@ class _Snake:
 
 
 class _Canvas:
-    """Sizes, the random numbers, and how paddles are drawn on a picture of this size."""
+    """A picture's size and margin, its random numbers, and what is placed on it."""
 
     def __init__(self, settings: Settings, draws: Draws) -> None:
         self.settings, self.draws = settings, draws
-        self.margin = settings.margins[draws.below(len(settings.margins))]
-        self.radius = settings.paddle + math.ceil(settings.thickness) + self.margin  # of a paddle's window
+        self.brush = _brush(settings, settings.margins[draws.below(len(settings.margins))])
 
     def inside(self, pixel: tuple[int, int]) -> bool:
         return all(0 <= part < self.settings.side for part in pixel)
 
-    def at(self, start: tuple[float, float], degrees: float, length: float) -> tuple[int, int]:
-        y, x = direction(degrees)
-        return round_up(start[0] + length * y), round_up(start[1] + length * x)
-
-    def window(self, degrees: float) -> tuple[np.ndarray, np.ndarray]:
-        """(2 radius + 1) square: a paddle from the middle, and its mask, both 0 to 255."""
-        side = 2 * self.radius * ANTIALIAS + 1
-        y, x = direction(degrees)
-        length = self.settings.paddle * ANTIALIAS
-        fine = line(side, (round_up(length * y), round_up(length * x)), round(self.settings.thickness * ANTIALIAS))
-        wide = dilate(fine, disc(self.margin * ANTIALIAS))
-        return reduce(fine * 255.0), reduce(wide * 255.0)
-
     def paddle(self, tail: tuple[int, int], degrees: float) -> tuple[_Window, _Window]:
-        """One paddle, and its mask, in [0, 1]."""
-        drawn, mask = self.window(degrees)
-        return self._placed(drawn, tail), self._placed(mask, tail)
-
-    def marker(self, center: tuple[int, int]) -> _Window:
-        """A white disc, in [0, 1]."""
-        radius = self.settings.marker
-        half = math.ceil(radius) + 1
-        fine = np.arange(2 * half * ANTIALIAS + 1) - half * ANTIALIAS
-        wide = fine[:, None] ** 2 + fine**2 <= (radius * ANTIALIAS) ** 2
-        return self._placed(reduce(wide * 255.0), center)
-
-    def _placed(self, window: np.ndarray, center: tuple[int, int]) -> _Window:
-        side, half = self.settings.side, window.shape[0] // 2
-        inside = [(max(0, part - half), min(side, part + half + 1)) for part in center]
+        """One paddle, and its mask."""
+        side, half = self.settings.side, self.brush.half
+        inside = [(max(0, part - half), min(side, part + half + 1)) for part in tail]
+        place = (slice(*inside[0]), slice(*inside[1]))
         cut = tuple(
-            slice(low - part + half, high - part + half) for part, (low, high) in zip(center, inside, strict=True)
+            slice(low - part + half, high - part + half) for part, (low, high) in zip(tail, inside, strict=True)
         )
-        return _Window(window[cut] / 255, (slice(*inside[0]), slice(*inside[1])))
+        drawn, mask = self.brush.paddle(degrees)
+        return _Window(drawn[cut], place), _Window(mask[cut], place)
 
-    def circle(self, pivot: tuple[float, float]) -> np.ndarray:
-        """(pixels, 2): the different pixels of the circle about ``pivot`` that lie inside, in a fixed order."""
-        reach = self.settings.paddle + self.margin
-        pixels = np.ceil(np.round(pivot + reach * _CIRCLE, 9)).astype(np.int64)
-        pixels = pixels[((pixels >= 0) & (pixels < self.settings.side)).all(1)]
-        first = np.unique(pixels[:, 0] * self.settings.side + pixels[:, 1], return_index=True)[1]
-        return pixels[first]
+    def marker(self, center: tuple[int, int]) -> np.ndarray:
+        """The whole picture with a white disc, in [0, 1]."""
+        fine = np.arange(self.settings.side * ANTIALIAS)
+        y, x = (fine - part * ANTIALIAS for part in center)
+        wide = y[:, None] ** 2 + x**2 <= (self.settings.marker * ANTIALIAS) ** 2
+        return reduce(wide * 255.0) / 255
 
     def highest_near(self, occupied: np.ndarray, pixels: np.ndarray) -> np.ndarray:
         """(pixels,) the largest of ``occupied`` within ``margin`` of each."""
-        near = pixels[:, None] + disc(self.margin)
+        near = pixels[:, None] + disc(self.brush.margin)
         inside = ((near >= 0) & (near < self.settings.side)).all(-1)
         near = near.clip(0, self.settings.side - 1)
-        return np.where(inside, occupied[near[..., 0], near[..., 1]], 0.0).max(1)
+        return np.where(inside, occupied[near[..., 0], near[..., 1]], 0.0).max(1, initial=0.0)
 
     def frame(self, width: int) -> np.ndarray:
         """1 on a frame ``width`` pixels wide, 0 inside."""
@@ -197,35 +224,28 @@ class _Canvas:
         picture[width:-width, width:-width] = 0
         return picture
 
-    def free_tail(self, occupied: np.ndarray, degrees: float) -> tuple[int, int]:
-        """A uniform pixel on which a paddle's saturated mask covers nothing.
-
-        The original asks an image library for a dilation whose border value makes the attempt fail
-        wherever the kernel could lie wholly outside the picture; so does this one, since that decides how
-        many distractors there are.
-        """
-        reach = self.settings.paddle + self.margin
-        _, mask = self.window(degrees)
-        saturated = np.argwhere(mask >= 255) - self.radius + 1  # the kernel's line starts one pixel off its middle
-        offsets = saturated[(np.abs(saturated) <= reach).all(1)]
-        if not len(offsets) or self._leaves(offsets):
+    def free_tail(self, occupied: np.ndarray, degrees: int) -> tuple[int, int]:
+        """A uniform pixel on which a first paddle's kernel covers nothing that is occupied."""
+        offsets = self.brush.kernel(degrees)
+        if offsets is None:
             raise _Failed
-        free = np.pad(occupied == 0, reach, constant_values=True)
-        side = self.settings.side
+        reach, side = self.brush.reach, self.settings.side
+        free = np.ones((side + 2 * reach, side + 2 * reach), dtype=bool)
+        free[reach:-reach, reach:-reach] = occupied <= OCCUPIED
         fits = np.ones((side, side), dtype=bool)
         for y, x in offsets:
             fits &= free[reach + y : reach + y + side, reach + x : reach + x + side]
-        tails = np.argwhere(fits)
+        tails = np.flatnonzero(fits)
         if not len(tails):
             raise _Failed
-        y, x = tails[self.draws.below(len(tails))]
-        return int(y), int(x)
+        y, x = divmod(int(tails[self.draws.below(len(tails))]), side)
+        return y, x
 
-    @staticmethod
-    def _leaves(offsets: np.ndarray) -> bool:
-        """Whether a kernel at one of the picture's corners lies wholly outside: the corners are the worst pixels."""
-        y, x = offsets[:, 0], offsets[:, 1]
-        return any(bool(((v * y < 0) | (h * x < 0)).all()) for v in (1, -1) for h in (1, -1))
+
+def _at(start: tuple[int, int], degrees: float, length: float) -> tuple[int, int]:
+    """The pixel ``length`` from ``start``, both coordinates rounded up."""
+    y, x = direction(degrees)
+    return round_up(start[0] + length * y), round_up(start[1] + length * x)
 
 
 def generate(settings: Settings, draws: Draws) -> Picture:
@@ -243,7 +263,7 @@ def generate(settings: Settings, draws: Draws) -> Picture:
     second.mask.paste(occupied)
     drawn = 0
     for _ in range(settings.distractors):
-        if (occupied == 0).mean() < FREE_SHARE:
+        if (occupied <= OCCUPIED).mean() < FREE_SHARE:
             break
         for _ in range(DISTRACTOR_TRIES):
             try:
@@ -258,7 +278,7 @@ def generate(settings: Settings, draws: Draws) -> Picture:
     snakes = (first, second)
     ends = (snakes[origin].tips[0], snakes[origin if label else 1 - origin].tips[-1])
     for center in ends:
-        canvas.marker(center).paste(picture)
+        np.maximum(picture, canvas.marker(center), out=picture)
     low, high = picture.min(), picture.max()
     pixels = np.floor((picture - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
     return Picture(pixels, label, (first.tips, second.tips), drawn)
@@ -269,21 +289,28 @@ def _targets(canvas: _Canvas) -> tuple[_Snake, _Snake, np.ndarray]:
     occupied = canvas.frame(BORDER)
     framed = np.maximum(occupied, canvas.frame(2 * settings.seed_distance))
     first = _seed(canvas, lambda degrees: canvas.free_tail(framed, degrees))
-    start = first.tips[0]
-    second = _seed(canvas, lambda degrees: canvas.at(start, draws.below(360), settings.seed_distance))
+    second = _seed(canvas, lambda degrees: _near(first.tips[0], draws.below(360), settings.seed_distance))
     for _ in range(settings.paddles - 1):
         occupied = first.extend(canvas, occupied)
         occupied = second.extend(canvas, occupied)
     return first, second, occupied
 
 
+def _near(start: tuple[int, int], degrees: int, length: float) -> tuple[int, int]:
+    """The pixel nearest to ``length`` from ``start``."""
+    y, x = direction(degrees)
+    return round(start[0] + length * y), round(start[1] + length * x)
+
+
 def _seed(canvas: _Canvas, tail: Callable[[int], tuple[int, int]]) -> _Snake:
-    """A path's first paddle, at an angle drawn first; drawn again where it leaves the picture."""
+    """A path's first paddle, at an angle drawn first; drawn again where its head or pivot leaves the picture."""
     for _ in range(SEED_TRIES):
         degrees = canvas.draws.below(360)
         start = tail(degrees)
-        if canvas.inside(start) and canvas.inside(canvas.at(start, degrees, canvas.settings.paddle)):
-            return _Snake(canvas, start, degrees)
+        head = _at(start, degrees, canvas.settings.paddle)
+        pivot = _at(head, degrees + 180, canvas.brush.reach)
+        if canvas.inside(head) and canvas.inside(pivot):
+            return _Snake(canvas, start, pivot, degrees)
     raise _Failed
 
 

@@ -35,21 +35,46 @@ def disc(radius: int) -> np.ndarray:
 
 
 def line(side: int, end: tuple[int, int], width: int) -> np.ndarray:
-    """(side, side) bool: a line ``width`` pixels thick from the middle to the pixel ``middle + end``."""
+    """(side, side) bool: a line ``width`` pixels thick from the middle to the pixel ``middle + end``.
+
+    Pixel for pixel what Pillow's ``ImageDraw.line`` sets, since the original draws with it.
+    """
     picture = np.zeros((side, side), dtype=bool)
-    middle = side // 2
+    middle, (dy, dx) = side // 2, end
     if width == 1:
-        steps = max(abs(end[0]), abs(end[1]), 1)
+        steps = max(abs(dy), abs(dx), 1)
         for step in range(steps + 1):
-            y, x = (math.floor(part * step / steps + 0.5) for part in end)
-            picture[middle + y, middle + x] = True
+            picture[middle + _away(dy * step / steps), middle + _away(dx * step / steps)] = True
         return picture
-    length = math.hypot(*end)
-    uy, ux = end[0] / length, end[1] / length
-    y, x = np.meshgrid(np.arange(side) - middle, np.arange(side) - middle, indexing="ij")
-    along, across = y * uy + x * ux, y * ux - x * uy
-    # Half a pixel at either end: a line's end points are drawn whole.
-    return (along > -0.5) & (along < length + 0.5) & (np.abs(across) <= width / 2)
+    half = (width - 1) / 2 / math.hypot(dy, dx)
+    across = (_away(half * dx), -_toward(half * dy))  # from the line to one of its long sides
+    ends = ((0, 0), (dy, dx))
+    low, high = ([(y + sign * across[0], x + sign * across[1]) for y, x in ends] for sign in (-1, 1))
+    corners = [*low, *reversed(high)]
+    for y in range(min(y for y, _ in corners), max(y for y, _ in corners) + 1):
+        crossed = [x for edge in zip(corners, corners[1:] + corners[:1], strict=True) for x in _crossings(y, *edge)]
+        first, last = math.floor(min(crossed) + 0.5), math.ceil(max(crossed) - 0.5)
+        picture[middle + y, middle + first : middle + last + 1] = True
+    return picture
+
+
+def _crossings(y: int, begin: tuple[int, int], end: tuple[int, int]) -> list[float]:
+    """Where an edge meets the row ``y``; both ends of an edge that lies in it."""
+    if not min(begin[0], end[0]) <= y <= max(begin[0], end[0]):
+        return []
+    if begin[0] == end[0]:
+        return [begin[1], end[1]]
+    return [begin[1] + (end[1] - begin[1]) * (y - begin[0]) / (end[0] - begin[0])]
+
+
+def _away(value: float) -> int:
+    """To the nearest integer, halves away from zero."""
+    return math.floor(value + 0.5) if value >= 0 else -math.floor(0.5 - value)
+
+
+def _toward(value: float) -> int:
+    """To the nearest integer, halves toward zero."""
+    return math.ceil(value - 0.5) if value >= 0 else -math.ceil(-value - 0.5)
 
 
 def dilate(picture: np.ndarray, offsets: np.ndarray) -> np.ndarray:
