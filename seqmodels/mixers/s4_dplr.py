@@ -127,7 +127,7 @@ class S4DPLR(S4D):
         signs = torch.tensor([2.0, -2.0], dtype=a.dtype, device=a.device)
         return DenseRecurrence(solved[..., :-1], solved[..., -1], (self.C.double() * signs).flatten(-2))
 
-    def _scans(self, u: Tensor) -> bool:
+    def _scans(self, u: Tensor, layout: Layout | None) -> bool:
         return False  # the recurrence is dense
 
     def _kernel(self, system: DenseRecurrence, length: int, dtype: torch.dtype) -> Tensor:  # type: ignore[override]

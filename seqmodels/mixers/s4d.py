@@ -226,7 +226,7 @@ class S4D(StateSpaceMixer):
         u = x.to(state_dtype(x.dtype))
         length = x.shape[1]
         before = None if state is None else state.ssm
-        if self._scans(u):
+        if self._scans(u, layout):
             y, final = self._scan(u, before, layout)
             after = S4DState(final) if return_state and final is not None else None
             return MixerOutput(self._mix(y.to(x.dtype)), after)
@@ -238,9 +238,9 @@ class S4D(StateSpaceMixer):
         after = S4DState(self._final(system, u, before, layout)) if return_state else None
         return MixerOutput(self._mix(y.to(x.dtype)), after)
 
-    def _scans(self, u: Tensor) -> bool:
+    def _scans(self, u: Tensor, layout: Layout | None) -> bool:
         """Whether the recurrence itself runs, where it takes less time than its convolution kernel and transforms."""
-        return pays_off(u, self.A_real.shape[1], self.C.shape[0])
+        return pays_off(u, self.A_real.shape[1], self.C.shape[0], layout)
 
     def _scan(self, u: Tensor, before: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor | None]:
         """(batch, length, channels, d_model), and the last state."""

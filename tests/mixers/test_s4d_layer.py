@@ -56,6 +56,32 @@ def test_convolution_is_step_is_dense_system(init: str, rule: str, carried: bool
     torch.testing.assert_close(state.ssm, last, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"channels": 2}, {"bidirectional": True}], ids=str)
+def test_scan_is_convolution(monkeypatch, options: dict, packed: bool, dtype: torch.dtype) -> None:
+    """Outputs, last states and gradients, by whichever way the layer would take here and by the other."""
+    torch.manual_seed(0)
+    layer = S4D(5, d_state=8, dtype=dtype, **options)
+    layout = Layout.packed([[70, 1, 9], [64, 3]], 80, capacity=6) if packed else None
+    u = torch.randn(2, 80, 5, dtype=dtype)
+    state = None
+    if not layer.bidirectional:
+        state = layer.init_state(6 if packed else 2)
+        state.ssm.normal_()
+    found = []
+    for scans in (True, False):
+        monkeypatch.setattr(S4D, "_scans", lambda *_, scans=scans: scans)
+        leaf = u.clone().requires_grad_()
+        out = layer(leaf, state, layout=layout, return_state=state is not None)
+        loss = out.y.square().sum() + (0 if out.state is None else out.state.ssm.square().sum())
+        found.append([out.y, loss, *torch.autograd.grad(loss, [leaf, *layer.parameters()])])
+    # Gradients to steps and A are sums over tokens and modes that cancel: relative to the largest entry.
+    for scan, convolution in zip(*found, strict=True):
+        error = (scan - convolution).abs().max() / convolution.abs().max()
+        assert error < (1e-10 if dtype == F64 else 80 * torch.finfo(dtype).eps)
+
+
 def test_bidirectional_kernel() -> None:
     """y[l] = sum_j k0[j] u[l - j] + sum_j k1[j] u[l + 1 + j] + D u[l]."""
     torch.manual_seed(0)

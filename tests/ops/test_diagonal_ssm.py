@@ -272,6 +272,10 @@ def test_where_the_scan_pays_off():
     assert not pays_off(u.double(), 32, 1)
     with seqmodels.backend("torch"):
         assert not pays_off(u, 32, 1)
+    elsewhere = u.to("meta")
+    assert not pays_off(elsewhere, 32, 1)
+    assert not pays_off(elsewhere, 32, 1, Layout.packed([[4]]))
+    assert pays_off(elsewhere, 32, 1, Layout.packed([[1, 3]]))
 
 
 def test_compiles_without_a_break():

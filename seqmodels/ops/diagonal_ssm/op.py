@@ -130,14 +130,23 @@ def diagonal_ssm_step(decay: Tensor, b: Tensor, c: Tensor, skip: Tensor, u_t: Te
     return _step_operator(u_t, decay, b, c, skip, state)
 
 
-def pays_off(u: Tensor, modes: int, rows: int) -> bool:
-    """Whether the scan is faster than kernel and transforms for this input, on the backend in force.
+def pays_off(u: Tensor, modes: int, rows: int, layout: Layout | None = None) -> bool:
+    """Whether to run :func:`diagonal_ssm` rather than the kernel and transforms of ``long_conv``, in float32.
 
-    On a CPU with the C++ kernels, in float32: time a token grows with modes * rows here and with the logarithm of the
-    length there; measured, the scan is ahead up to about 100 modes at length 1024, more at longer ones. In plain
-    PyTorch its products cost what the transforms do, and the transforms are as exact as the dtype: they are taken.
+    CPU, with the C++ kernels: up to 64 modes * rows. Time a token grows with them here and with the logarithm of the
+    length there; measured, the scan is ahead up to about 100 modes at length 1024, more at longer ones.
+
+    Elsewhere, by bytes: products over chunks move about 76 for each element, transforms about 70, but transforms
+    are padded to the whole grid's length for every group of ``batch`` documents. So: with packed documents, two a row
+    or more in the mean.
+
+    In float64, and in plain PyTorch on a CPU, transforms are taken: products cost what they do there.
     """
-    if u.device.type != "cpu" or u.dtype != torch.float32 or modes * rows > _MOST_MODES:
+    if u.dtype != torch.float32:
+        return False
+    if u.device.type != "cpu":
+        return layout is not None and layout.num_documents >= 2 * layout.batch_size
+    if modes * rows > _MOST_MODES:
         return False
     return backends.requested_backend() in ("auto", "cpu") and backends.missing("cpu") is None
 
