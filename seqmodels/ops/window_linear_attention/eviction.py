@@ -59,7 +59,7 @@ def evicted_tokens(
 
     def gathered(new: Tensor, cache: Tensor) -> Tensor:
         rows = torch.cat([new.flatten(0, 1), cache.transpose(1, 2).flatten(0, 1).to(new.dtype)])
-        return rows.index_select(0, row).view(new.shape) * leaves[..., None, None]
+        return rows.index_select(0, row).view(new.shape).masked_fill(~leaves[..., None, None], 0)
 
     return gathered(k, key_cache), gathered(values, pad(value_cache, (0, 1), value=1.0))
 

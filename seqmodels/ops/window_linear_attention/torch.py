@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqmodels.ops.documents import chunk_table
+from seqmodels.ops.documents import chunk_table, token_table
 from seqmodels.ops.registration import state_dtype
 
 _TINY = 1e-30
@@ -99,16 +99,14 @@ def backward(
     blocks = _blocks(q, position, starts, lengths, window)
     keys, values = _rows(k, key_cache), _rows(v, value_cache)
     flat_q = q.flatten(0, 1)
-    grad_past = past.new_zeros((batch_size * length, heads, past.shape[-1]), dtype=exact)
-    torch.div(grad.flatten(0, 1).to(exact), divisor.view(-1, heads, 1), out=grad_past[..., :-1])
-    torch.sum(grad_past[..., :-1] * y.flatten(0, 1).to(exact), dim=-1, out=grad_past[..., -1]).neg_()
+    grad_past = _gradient_to_past(grad, y, divisor, starts, lengths)
     per_head = factor.to(exact).view(groups, -1, 1, 1)
     grad_q = q.new_zeros((batch_size * length + 1, *q.shape[2:]))
     grad_keys, grad_values = (torch.zeros(rows.shape, dtype=exact, device=q.device) for rows in (keys, values))
     grad_factor = torch.zeros(per_head.shape[:2], dtype=exact, device=q.device)
     for part in _groups(blocks, heads):
         weights = _weights(flat_q, keys, part, groups, window, scale)
-        outer = _queries(grad_past, part, groups) * part.query_valid[:, None, None, :, None]
+        outer = _queries(grad_past, part, groups).masked_fill_(~part.query_valid[:, None, None, :, None], 0)
         wide = weights.flatten(2, 3)
         slope = (outer[..., :-1].flatten(2, 3) @ _keys(values, part, exact).transpose(-1, -2)).view_as(weights)
         slope = slope.add_(outer[..., -1:]).mul_(weights)
@@ -120,7 +118,8 @@ def backward(
         rows = torch.where(part.query_valid, part.query, batch_size * length).flatten()
         found = (slope.flatten(2, 3) @ _keys(keys, part, exact)).mul_(scale)
         grad_q.index_copy_(0, rows, _tokens(found.view(*weights.shape[:4], -1)).to(q.dtype))
-        queries = _queries(flat_q, part, groups).flatten(2, 3)
+        queries = _queries(flat_q, part, groups).masked_fill_(~part.query_valid[:, None, None, :, None], 0)
+        queries = queries.flatten(2, 3)
         _add(grad_keys, part, (slope.flatten(2, 3).transpose(-1, -2) @ queries).mul_(scale))
         _add(grad_values, part, wide.transpose(-1, -2) @ (outer[..., :-1] * per_head).flatten(2, 3))
     tokens = batch_size * length
@@ -133,6 +132,18 @@ def backward(
         _cache_gradient(grad_keys[tokens:], key_cache, q),
         _cache_gradient(grad_values[tokens:], value_cache, q),
     )
+
+
+def _gradient_to_past(
+    grad: Tensor, y: Tensor, divisor: Tensor, starts: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """[dn, dz] (tokens, heads, P + 1), zero outside documents."""
+    numerator = grad.to(divisor.dtype) / divisor.unsqueeze(-1)
+    if starts is not None and lengths is not None:
+        valid = token_table(starts, lengths, *grad.shape[:2]).valid
+        numerator = numerator.masked_fill_(~valid[..., None, None], 0)
+    normaliser = -(numerator * y.to(divisor.dtype)).sum(-1, keepdim=True)
+    return torch.cat([numerator, normaliser], dim=-1).flatten(0, 1)
 
 
 def _blocks(q: Tensor, position: Tensor | None, starts: Tensor | None, lengths: Tensor | None, window: int) -> _Blocks:
@@ -183,7 +194,7 @@ def _rows(new: Tensor, cache: Tensor | None) -> Tensor:
 def _keys(rows: Tensor, part: _Blocks, dtype: torch.dtype) -> Tensor:
     """(T, G, S, width)."""
     found = rows.index_select(0, part.key.flatten()).to(dtype)
-    found = found.view(*part.key.shape, *rows.shape[1:])
+    found = found.view(*part.key.shape, *rows.shape[1:]).masked_fill(~part.key_valid[..., None, None], 0)
     return found.transpose(1, 2)
 
 
