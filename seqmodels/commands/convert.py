@@ -1,4 +1,4 @@
-"""Checkpoints of other libraries into this one's format and back."""
+"""Checkpoints of other libraries into this one's format and back; softmax transformers into linear attention."""
 
 from __future__ import annotations
 
@@ -43,3 +43,42 @@ def mamba3(
     for entry in moved:
         table.add_row(entry.source, entry.target, " x ".join(map(str, entry.shape)), entry.change)
     Console().print(table)
+
+
+@app.command()
+def hedgehog(
+    model: Annotated[str, typer.Argument(help="a Hugging Face GPT-2, BERT, Llama or Mistral: a folder or a hub name")],
+    out: Annotated[Path, typer.Argument(help="folder to write; OUT.partial holds an unfinished conversion")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="dotted.key=value, strictly checked, such as finetuning.method=full")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="text: a file, a folder, stdlib or hf:NAME[:CONFIG]")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="hedgehog (linear alone, the default), hedgehog_window (LoLCATs) or softmax")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the conversion in OUT.partial.")] = False,
+) -> None:
+    """A pretrained softmax transformer into linear attention: distil feature maps, fine-tune, report.
+
+    Settings are those of docs/conversion.md, from --config and key=value, for example
+    attention.feature_map=hedgehog_split distillation.steps=2000 data.sequence_length=512.
+    """
+    from seqmodels.configuration import apply_overrides, convert, load_yaml
+    from seqmodels.convert.files import ConversionError
+
+    values = {} if config is None else load_yaml(config)
+    short = [f"{key}={value}" for key, value in (("data.source", data), ("attention.kind", kind)) if value is not None]
+    values = apply_overrides({**values, "model": model}, [*short, *(overrides or [])])
+    unfinished = out.with_name(f"{out.name}.partial") / "settings.yaml"
+    if resume and values == {"model": model} and unfinished.exists():
+        values = load_yaml(unfinished)
+    if "source" not in values.get("data", {}):
+        raise ConversionError("no text to learn from; give --data FILE, FOLDER, stdlib or hf:NAME")
+    values["data"] = {"tokenizer": "model", "sequence_length": 1024, **values["data"]}
+
+    from seqmodels.convert.hedgehog.run import convert_model
+    from seqmodels.convert.hedgehog.settings import ConversionSettings
+
+    convert_model(convert(values, ConversionSettings), out, resume=resume, console=Console())
+    Console().print(f"wrote {out}: report.md, and the model for seqmodels.convert.hedgehog.load({str(out)!r})")
