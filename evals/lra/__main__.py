@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="of all tasks' data; $SEQMODELS_LRA_DATA unless given")
     parser.add_argument(
         "--source", choices=("auto", "generated", "release"), default="auto",
-        help="of ListOps and Pathfinder: what 'generate' made, the files of lra_release.gz, or (auto) whichever is there",
+        help="of ListOps and Pathfinder: what 'generate' made, the files of lra_release.gz, or (auto) what is there",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=("s4", "lra"), default="s4",

@@ -45,7 +45,9 @@ def _origin(runs: Sequence[Finished]) -> Iterator[str]:
     yield ""
     yield (
         "Test accuracy in % at the epoch that validates best (Text has no validation split: its epoch is chosen by "
-        "test, as in all published numbers)."
+        "test, as in all published numbers). Without a model: label_prior answers the commonest label, first_token the "
+        "commonest label after a sequence's first token (in ListOps the operator at the root), bag_of_tokens is a "
+        "logistic regression on the shares of the tokens and the length."
     )
     yield ""
 
@@ -76,19 +78,24 @@ def _task(task: str, runs: list[Finished], target: Path) -> Iterator[str]:
 
 
 def _locality(runs: list[Finished]) -> Iterator[str]:
-    """How much of a score the best model that sees a short neighbourhood only has too."""
+    """How much of a score a model that sees a short neighbourhood only has too."""
     local = {run.arm for run in runs if run.about.get("role") == "local"}
     if not local or len(local) == len({run.arm for run in runs}):
         return
-    means = {
-        arm: statistics.mean(run.test for run in runs if run.arm == arm) for arm in dict.fromkeys(r.arm for r in runs)
-    }
-    control = max(local, key=means.__getitem__)
-    yield f"Over the best local control ({control}, {means[control]:.2f}):"
+    scores = {arm: [run.test for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
+    control = max(local, key=lambda arm: statistics.mean(scores[arm]))
+    best, mean = max(scores[control]), statistics.mean(scores[control])
+    yield (
+        f"Locality: the local controls see a short neighbourhood only. The best of them is {control}; what others have "
+        "beyond it cannot be short-range."
+    )
     yield ""
-    for arm, value in means.items():
-        if arm not in local:
-            yield f"* {arm}: {value - means[control]:+.2f}"
+    rows = (
+        [arm, f"{statistics.mean(found) - mean:+.2f}", f"{min(found) - best:+.2f}"]
+        for arm, found in scores.items()
+        if arm not in local
+    )
+    yield from markdown_table(["model", f"mean over that of {control}", f"worst seed over the best of {control}"], rows)
     yield ""
 
 
