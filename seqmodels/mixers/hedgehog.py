@@ -144,6 +144,8 @@ class HedgehogCore(AttentionCore):
 
     def _read_both_ways(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None) -> Tensor:
         mapped, weight = self.maps()[1].operands(k)
+        if weight is None:  # a weight says how many heads there are; without queries, k has to
+            mapped = mapped.repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
         state = feature_state(
             mapped, v, weight, feature_map=str(self.query_map.op), normalize=self.normalize, layout=layout
         )
