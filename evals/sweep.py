@@ -57,16 +57,29 @@ class Display(Protocol[ShownCell, ShownRun]):
 
 
 class Usage(NamedTuple):
-    """Of the cells that ran: processor seconds of their processes, wall seconds, how many at a time."""
+    """Of the cells that ran.
+
+    Attributes:
+        processor: seconds of their processes.
+        occupied: wall seconds of the cells, added up.
+        wall: seconds of the sweep.
+        jobs: cells at a time.
+    """
 
     processor: float
+    occupied: float
     wall: float
     jobs: int
 
     @property
     def share(self) -> float:
-        """Of the cores given, what the cells used."""
+        """Of the cores given, what the cells computed on; other work on the machine takes from it."""
         return self.processor / (self.wall * self.jobs) if self.wall else 0.0
+
+    @property
+    def filled(self) -> float:
+        """Of the cores given, what was never without a cell."""
+        return self.occupied / (self.wall * self.jobs) if self.wall else 0.0
 
 
 class Sweep(Generic[C, R]):
@@ -100,7 +113,8 @@ class Sweep(Generic[C, R]):
         self.lock = threading.Lock()
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
-        self.usage = Usage(0.0, 0.0, jobs)
+        self.usage = Usage(0.0, 0.0, 0.0, jobs)
+        self.occupied = 0.0
 
     def run(self, cells: Sequence[C]) -> dict[str, R]:
         """Those of ``cells`` that finished, now or in an earlier run into the same folder, by digest.
@@ -132,6 +146,7 @@ class Sweep(Generic[C, R]):
         if waiting:
             self.usage = Usage(
                 self.usage.processor + _children_seconds() - processor,
+                self.occupied,
                 self.usage.wall + time.monotonic() - began,
                 self.jobs,
             )
@@ -139,7 +154,7 @@ class Sweep(Generic[C, R]):
         return {cell.digest: finished[cell.digest] for cell in cells if cell.digest in finished}
 
     def _run(self, cell: C, slots: queue.SimpleQueue[int]) -> None:
-        slot = slots.get()
+        slot, began = slots.get(), time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **self.environment(slot)}
         with self.lock:
             if self.stopped:
@@ -156,6 +171,7 @@ class Sweep(Generic[C, R]):
             process.wait()
             slots.put(slot)
             with self.lock:
+                self.occupied += time.monotonic() - began
                 self.processes.discard(process)
         with self.lock:
             if self.stopped:

@@ -83,7 +83,10 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"interrupted; finished cells are in {results.path}, the same command goes on from there")
         return 130
     if usage.wall:
-        print(f"{usage.wall:.0f} s, {usage.processor:.0f} processor seconds, {usage.share:.0%} of {jobs} cores")
+        print(
+            f"{usage.wall:.0f} s, {usage.processor:.0f} processor seconds: {usage.share:.0%} of {jobs} cores; "
+            f"{usage.filled:.0%} of them had a cell"
+        )
     verdicts = judge(summarise(runs))
     for text, holds in verdicts:
         print(f"control {'holds' if holds else 'FAILS'}: {text}")

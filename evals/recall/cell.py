@@ -83,7 +83,10 @@ def build_model(cell: Cell, device: str | None = None) -> RecallModel:
     sizes = [vocab_size(cell.task, data.settings) for data in (*cell.train, *cell.test)]
     lengths = [row_length(cell.task, data.settings) for data in (*cell.train, *cell.test)]
     with torch.device(device) if device is not None else torch.device("cpu"):
-        model = RecallModel(config, max(sizes), max(lengths) if cell.learned_positions else None)
+        model = RecallModel(
+            config, max(sizes), max(lengths) if cell.learned_positions else None,
+            last=task_named(cell.task).readout == "last",
+        )  # fmt: skip
     for layer in model.layers():
         if layer.causality != "causal":
             raise ValueError(f"{cell.arm}: layer {type(layer).__name__} is {layer.causality}; recall needs causal ones")
@@ -96,10 +99,12 @@ def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: Non
     Raises:
         ValueError: what the generator or a layer refuses.
     """
-    return _Run(cell, say).outcome()
+    return Trainer(cell, say).outcome()
 
 
-class _Run:
+class Trainer:
+    """The pieces of a run and the loop over them."""
+
     def __init__(self, cell: Cell, say: Callable[[dict[str, Any]], None]) -> None:
         self.began = time.monotonic()
         self.clock = time.process_time if cell.device == "cpu" else time.monotonic
@@ -132,7 +137,7 @@ class _Run:
         history: list[float] = []
         ended, epoch, loss, scores = "epochs", 0, math.nan, {}
         for epoch in range(1, self.plan.epochs + 1):
-            loss, in_time = self._epoch(epoch - 1)
+            loss, in_time = self.epoch(epoch - 1)
             last = epoch == self.plan.epochs or not in_time or not math.isfinite(loss)
             if not last and epoch % self.plan.evaluate_every:
                 continue
@@ -154,7 +159,7 @@ class _Run:
             self.tokens / max(self.train_seconds, 1e-9), time.monotonic() - self.began, total, mixer, self.digest,
         )  # fmt: skip
 
-    def _epoch(self, epoch: int) -> tuple[float, bool]:
+    def epoch(self, epoch: int) -> tuple[float, bool]:
         """Mean loss of the epoch (of the part that was trained), and whether there is time left."""
         plan = self.plan
         self.model.train()

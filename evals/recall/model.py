@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,21 @@ from seqmodels.models.stack import Stack
 EMBEDDING_STD = 0.02
 
 
+class LastReadout(nn.Module):
+    """What position p held, from the last hidden vector h alone: W_2 gelu(W_1 (h + s(p))), s sinusoidal (MAD)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, last: Tensor, positions: Tensor) -> Tensor:
+        """(batch, d_model) and (batch, labels) to (batch, labels, d_model)."""
+        rate = torch.exp(torch.arange(0, last.shape[-1], 2, device=last.device) * (-math.log(1e4) / last.shape[-1]))
+        angle = positions[..., None] * rate
+        position = torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : last.shape[-1]]
+        return self.second(F.gelu(self.first(last[:, None] + position.to(last.dtype))))
+
+
 class RecallModel(nn.Module):
     """logits = W norm(stack(dropout(W[tokens] + P))), with one matrix W for embedding and head.
 
@@ -20,10 +37,14 @@ class RecallModel(nn.Module):
         config: the blocks; ``config.dropout`` is the embedding's too.
         vocab_size: token ids.
         max_length: rows of the learned positions P; None for none.
+        last: read every position from the last hidden vector (:class:`LastReadout`), not from its own.
     """
 
-    def __init__(self, config: StackConfig, vocab_size: int, max_length: int | None = None) -> None:
+    def __init__(
+        self, config: StackConfig, vocab_size: int, max_length: int | None = None, *, last: bool = False
+    ) -> None:
         super().__init__()
+        self.last = LastReadout(config.d_model) if last else None
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = None if max_length is None else nn.Parameter(torch.empty(max_length, config.d_model))
         self.stack = Stack(config)
@@ -42,6 +63,8 @@ class RecallModel(nn.Module):
 
     def read(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Hidden vectors at ``positions`` (batch, labels): (batch, labels, d_model); the head sees no others."""
+        if self.last is not None:
+            return self.last(hidden[:, -1], positions)
         return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -37,7 +38,7 @@ def run(
     display.plan(cells)
     found = sweep.run(cells)
     if sweep.usage.wall:
-        config = {"jobs": jobs, "wall": sweep.usage.wall, "processor": sweep.usage.processor}
+        config = {**sweep.usage._asdict(), "filled": sweep.usage.filled, "load": os.getloadavg()[0]}
         results.write(f"{cells[0].suite}/sweep", "core_use", sweep.usage.share, "of the cores given", config=config)
     return list(found.values()), len(found) == len(cells), sweep.usage
 
@@ -72,7 +73,11 @@ def write_rows(results: Results, cell: Cell, outcome: Outcome) -> list[dict[str,
     ]
     state = {**about, "context_length": cell.state_context, "mixer_bytes": outcome.mixer_bytes}
     rows.append(results.write(cell.name, "state_bytes", outcome.state_bytes, "bytes", **who, config=state))
-    speed = {**about, "clock": "processor of one thread" if cell.device == "cpu" else "wall"}
+    speed = {
+        **about,
+        "clock": "processor of one thread" if cell.device == "cpu" else "wall",
+        "load": os.getloadavg()[0],
+    }
     rows.append(
         results.write(cell.name, "tokens_per_second", outcome.tokens_per_second, "tokens/s", **who, config=speed)
     )
