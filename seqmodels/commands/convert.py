@@ -77,8 +77,9 @@ def hedgehog(
         raise ConversionError("no text to learn from; give --data FILE, FOLDER, stdlib or hf:NAME")
     values["data"] = {"tokenizer": "model", "sequence_length": 1024, **values["data"]}
 
+    from seqmodels.convert.hedgehog.progress import Progress
     from seqmodels.convert.hedgehog.run import convert_model
     from seqmodels.convert.hedgehog.settings import ConversionSettings
 
-    convert_model(convert(values, ConversionSettings), out, resume=resume, console=Console())
+    convert_model(convert(values, ConversionSettings), out, resume=resume, progress=Progress(Console()))
     Console().print(f"wrote {out}: report.md, and the model for seqmodels.convert.hedgehog.load({str(out)!r})")

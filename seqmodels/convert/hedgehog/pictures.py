@@ -49,7 +49,7 @@ def draw_attention(model: HedgehogModel, batch: Batch, path: Path) -> None:
             for column, (name, weights) in enumerate(zip(("softmax", "student"), found[layer], strict=True)):
                 axis = axes[row, 2 * head + column]
                 # The square root shows small weights; one scale for both makes them comparable.
-                image = axis.imshow(weights[head].sqrt(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+                image = axis.imshow(weights[head].sqrt().numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
                 axis.set_title(f"layer {layer}, head {head}: {name}", fontsize=8)
                 axis.set_xticks([])
                 axis.set_yticks([])

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from seqmodels.configuration import convert, differences, dump_yaml, load_yaml
@@ -55,13 +54,13 @@ _FIDELITY_ROWS = 8  # held-out rows whose weights are compared
 
 
 def convert_model(
-    settings: ConversionSettings, out: str | Path, *, resume: bool = False, console: Console | None = None
+    settings: ConversionSettings, out: str | Path, *, resume: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Converts ``settings.model`` into the folder ``out`` and returns what ``out/report.json`` holds.
 
     Args:
         resume: go on with the conversion in ``OUT.partial`` (from the start when there is none).
-        console: where progress goes; silent when None.
+        progress: who is told how far it is; nobody when None.
 
     Raises:
         ConversionError: ``out`` is taken, another conversion is in ``OUT.partial``, or a model that
@@ -70,7 +69,7 @@ def convert_model(
     settings.check()
     final = check_new(out)
     work = open_work(final, settings, resume)
-    conversion = Conversion(settings, work, Progress(console))
+    conversion = Conversion(settings, work, progress or Progress(None))
     try:
         conversion.run()
         with new_folder(final) as folder:
