@@ -1,6 +1,9 @@
-// One decode token of softmax attention over a key-value cache.
+// One decode token of softmax attention over a key-value cache, alone or joined to a linear past.
 //
 //     y_h = sum_j softmax_j(scale q_h . k_j) v_j    over the filled slots of the row's cache
+//     y_h = (f_h sum_j e^{s_hj - c_h} v_j + n_h) / (f_h sum_j e^{s_hj - c_h} + z_h + tiny)
+//
+// with s_hj = scale q_h . k_j, c_h the largest of them, and past_h = [n_h, z_h].
 //
 // A unit of work is a run of kRun slots of one row and key head: its keys and values are read
 // once, for all the query heads that share them, and stay in a near cache for the
@@ -199,8 +202,16 @@ void write(void* data, int64_t index, float value, bool narrow) {
   static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(nan ? 0x7FC0u : rounded);
 }
 
-Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor position,
-                          double scale) {
+constexpr float kTiny = 1e-30f;  // a window and a past of weight zero give zero
+
+// What a linear attention adds to numerator and divisor: n and z (batch, heads, head_dim + 1), and f (heads).
+struct LinearPast {
+  const float* sums;
+  const float* factor;
+};
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& key_cache, Tensor& value_cache,
+              const Tensor& position, double scale, const LinearPast* past) {
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || is_bfloat16(q), "q must be float32 or bfloat16");
   check_tensor(q, "q", dtype);
@@ -284,12 +295,34 @@ Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor
         sum += factor * part[1];
         for (int64_t d = 0; d < head_dim; ++d) total[d] += factor * part[2 + d];
       }
+      if (past != nullptr) {
+        const float* sums = past->sums + (b * heads + h) * (head_dim + 1);
+        const float factor = past->factor[h];
+        for (int64_t d = 0; d < head_dim; ++d) total[d] = factor * total[d] + sums[d];
+        sum = factor * sum + sums[head_dim] + kTiny;
+      }
       for (int64_t d = 0; d < head_dim; ++d) {
         write(y.data_ptr(), (b * heads + h) * head_dim + d, total[d] / sum, narrow);
       }
     }
   }
   return y;
+}
+
+Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor position,
+                          double scale) {
+  return attend(q, k, v, key_cache, value_cache, position, scale, nullptr);
+}
+
+Tensor window_linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor past, Tensor factor, Tensor key_cache,
+                                        Tensor value_cache, Tensor position, double scale) {
+  check_tensor(past, "past", ScalarType::Float);
+  check_tensor(factor, "factor", ScalarType::Float);
+  STD_TORCH_CHECK(q.dim() == 3 && past.numel() == q.size(0) * q.size(1) * (q.size(2) + 1),
+                  "past must be (batch, heads, head_dim + 1)");
+  STD_TORCH_CHECK(factor.numel() == q.size(1), "factor must be (heads)");
+  const LinearPast linear{static_cast<const float*>(past.data_ptr()), static_cast<const float*>(factor.data_ptr())};
+  return attend(q, k, v, key_cache, value_cache, position, scale, &linear);
 }
 
 }  // namespace
@@ -299,9 +332,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqmodels_cpu, m) {
   m.def(
       "attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor position, "
       "float scale) -> Tensor");
+  m.def(
+      "window_linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor past, Tensor factor, Tensor(a!) key_cache, "
+      "Tensor(b!) value_cache, Tensor position, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(seqmodels_cpu, CPU, m) {
   m.impl("attention_step", TORCH_BOX(&seqmodels::attention_step_cpu));
+  m.impl("window_linear_attention_step", TORCH_BOX(&seqmodels::window_linear_attention_step_cpu));
 }
 
 #endif  // SEQMODELS_LAUNCHERS

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import seqmodels
-from seqmodels import Layout
+from seqmodels import Layout, backends
+from seqmodels.ops import extension
 from seqmodels.ops.window_linear_attention import (
     evicted_tokens,
     window_linear_attention,
@@ -172,6 +173,47 @@ def test_steps_are_the_sequence(backend):
     for row, seen in enumerate(position.tolist()):
         for back in range(window):
             assert torch.equal(key_ring[row, :, (seen - 1 - back) % window], k[row, 11 - back])
+
+
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "width", "window"), [(4, 2, 5, 7), (3, 3, 64, 64), (2, 1, 20, 300)])
+def test_step_in_cpp(heads, groups, width, window, dtype, level):
+    """Against the float64 definition: at most twice the plain form's error in the same precision, plus rounding."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    q, k, v = draw(3, heads, width), draw(3, groups, width), draw(3, groups, width)
+    past, factor = torch.randn(3, heads, width + 1), torch.rand(heads)
+    past[..., -1].abs_()
+    rings = draw(3, groups, window, width), draw(3, groups, window, width)
+    position = torch.tensor([0, 5, 1000])
+    wide = [x.double() for x in (q, k, v, past, factor, *rings)]
+    results = {}
+    with extension.capability(level):
+        for name, backend, given in (
+            ("exact", "reference", wide), ("low", "torch", (q, k, v, past, factor, *rings)),
+            ("cpp", "cpu", (q, k, v, past, factor, *rings)),
+        ):  # fmt: skip
+            own = [x.clone() for x in given]
+            with seqmodels.backend(backend):
+                results[name] = [window_linear_attention_step(*own, position), *own[5:]]
+    for exact, low, found in zip(results["exact"], results["low"], results["cpp"], strict=True):
+        assert found.dtype == dtype
+        floor = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (found.double() - exact).abs().max() <= 2 * (low.double() - exact).abs().max() + floor
+    for ring, low in zip(results["cpp"][1:], results["low"][1:], strict=True):
+        assert torch.equal(ring, low)
+
+
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
+def test_step_in_cpp_refuses_what_it_cannot_do():
+    token = [torch.randn(1, 2, width) for width in (4, 4, 3)]
+    rest = [torch.rand(1, 2, 4), torch.rand(2), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 3), torch.tensor([1])]
+    with seqmodels.backend("cpu"), pytest.raises(seqmodels.BackendUnavailable, match="values as wide as queries"):
+        window_linear_attention_step(*token, *rest)
 
 
 def test_a_window_over_the_document_is_softmax_for_every_factor():

@@ -191,7 +191,8 @@ _operator = Operator(
     residuals=1,
     keep_outputs=True,
     fake=_fake,
-    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch"},
+    # The blocks are PyTorch's own matrix products, so that "cpu" asked for by name means them too.
+    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch", "cpu": f"{_PACKAGE}.torch"},
     differentiable=(0, 1, 2, 3, 4, 5, 6),
 )
 _step_operator = Operator(
@@ -200,5 +201,9 @@ _step_operator = Operator(
     "Tensor position, float scale",
     outputs=1,
     fake=lambda q, k, v, *rest: q.new_empty((*q.shape[:2], v.shape[-1])),
-    modules={"reference": f"{_PACKAGE}.reference_step", "torch": f"{_PACKAGE}.torch_step"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_step",
+        "torch": f"{_PACKAGE}.torch_step",
+        "cpu": f"{_PACKAGE}.cpu_step",
+    },
 )
