@@ -77,8 +77,8 @@ def _page(suite: str, found: list[Point], target: Path) -> Iterator[str]:
         + ".",
         "",
         "Two lists that share one element; the model reads A, then B, and names it. "
-        f"{cell['pairs']} x (gated_conv{mlp} mixer{mlp}), no positions, vocabulary {plan['vocab_size']}, trained on (|A|, |B|) = "
-        f"{', '.join(f'({a}, {b})' for a, b in plan['train_sizes'])} for {plan['steps']:,} steps of "
+        f"{cell['pairs']} x (gated_conv{mlp} mixer{mlp}), no positions, vocabulary {plan['vocab_size']}, trained on "
+        f"(|A|, |B|) = {', '.join(f'({a}, {b})' for a, b in plan['train_sizes'])} for {plan['steps']:,} steps of "
         f"{plan['batch_size']}; {plan['test_count']:,} test examples a size. `causal` is Taylor linear attention, "
         "`prefix` the same with a second reading of the whole input (prefix linear attention), both with the same "
         "state; `attention` keeps every token. Means over seeds at the best learning rate.",
