@@ -123,17 +123,12 @@ class Layout:
         length: int,
         *,
         prefix_lengths: Sequence[int] | None = None,
-        compat_mask: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Layout:
         """One document a row without padding: what ``layout=None`` means, plus prefix lengths.
 
         Computed on the device: it may be called inside compiled code.
         """
-        if compat_mask is not None and compat_mask.shape != (batch_size, length):
-            raise ValueError(
-                f"compat_mask is {tuple(compat_mask.shape)}; expected {(batch_size, length)} (batch, length)"
-            )
         row = torch.arange(batch_size, device=device)
         column = torch.arange(length, device=device)
         prefix = (
@@ -145,7 +140,6 @@ class Layout:
             row[:, None].expand(batch_size, length).contiguous(),
             column.expand(batch_size, length).contiguous(),
             prefix,
-            compat_mask,
         )
 
     @classmethod
@@ -177,6 +171,14 @@ class Layout:
     def with_prefix(self, prefix_lengths: Tensor) -> Layout:
         """The same documents with (documents,) prefix lengths."""
         return replace(self, prefix_lengths=prefix_lengths)
+
+    def with_compat_mask(self, compat_mask: Tensor) -> Layout:
+        """The same documents with a (batch, length) bool mask of padding that is read (:attr:`compat_mask`)."""
+        if compat_mask.shape != self.document.shape:
+            raise ValueError(
+                f"compat_mask is {tuple(compat_mask.shape)}; expected {tuple(self.document.shape)} (batch, length)"
+            )
+        return replace(self, compat_mask=compat_mask)
 
     def prefixes(self) -> Layout:
         """The documents cut to their prefixes (all of a document that is shorter than its prefix)."""

@@ -18,6 +18,10 @@ def command(
     top_k: Annotated[int | None, typer.Option(help="keep the k most likely tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="keep the most likely tokens up to this probability")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="above 1 discourages tokens that came before")] = 1.0,
+    read_twice: Annotated[bool, typer.Option(help="read each prompt twice before continuing it (JRT-Prompt)")] = False,
+    short_prompts: Annotated[
+        str, typer.Option(help="prefix models, prompts shorter than the prefix: pad, repeat or reencode")
+    ] = "pad",
     stop: Annotated[list[str] | None, typer.Option(help="end a text before this string")] = None,
     seed: Annotated[int, typer.Option(help="same seed, same text")] = 0,
     device: Annotated[str, typer.Option(help="auto takes CUDA when there")] = "auto",
@@ -30,20 +34,22 @@ def command(
     from seqmodels.models.loading import load_model
     from seqmodels.models.sampling import Sampling
     from seqmodels.models.text_generation import TextGenerator
+    from seqmodels.tasks.prompts import repeat_prompt
     from seqmodels.tasks.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(run, device=device, dtype=None if dtype is None else dtype_named(dtype))
-    generator = TextGenerator(loaded.model, load_tokenizer(loaded.tokenizer))
+    generator = TextGenerator(loaded.model, load_tokenizer(loaded.tokenizer), short_prompts=short_prompts)  # type: ignore[arg-type]
+    asked = [repeat_prompt(text) for text in prompt] if read_twice else prompt
     texts = list(prompt)
     single = len(texts) == 1
     if single and texts[0]:
         print(texts[0], end="", flush=True)
     start, steps = time.perf_counter(), 0
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed, "stop": tuple(stop or ())}
-    for pieces in generator.stream(prompt, **options):
+    for pieces in generator.stream(asked, **options):
         steps += 1
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         if single:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqmodels.layout import Layout
 from seqmodels.models.captured_step import CapturedStep
 from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.prefix_reading import PrefixReading, Prompts, ShortPrompts
 from seqmodels.models.sampling import GREEDY, Sampling, draw, token_probabilities
 from seqmodels.models.stack import ModelState
 
@@ -28,11 +28,19 @@ class Decoder:
     Args:
         model: put in evaluation mode while it generates.
         capture: use CUDA graphs; by default where the model is on CUDA.
-        prefill_chunk: tokens of the prompts that go through the model at a time.
+        prefill_chunk: tokens of the prompts that go through the model at a time; a prefix goes in whole.
+        short_prompts, compat_pad: how a prefix model reads prompts that are shorter than its prefix
+            (:class:`~seqmodels.models.prefix_reading.PrefixReading`).
     """
 
     def __init__(
-        self, model: LanguageModel, *, capture: bool | None = None, prefill_chunk: int = PREFILL_CHUNK
+        self,
+        model: LanguageModel,
+        *,
+        capture: bool | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        short_prompts: ShortPrompts = "pad",
+        compat_pad: int | None = None,
     ) -> None:
         device = model.embedding.weight.device
         if capture and device.type != "cuda":
@@ -40,6 +48,7 @@ class Decoder:
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; expected at least 1")
         self.model = model
+        self.reading = PrefixReading(model.config, short_prompts, compat_pad)
         self.device = device
         self.capture = device.type == "cuda" if capture is None else capture
         self.prefill_chunk = prefill_chunk
@@ -53,24 +62,18 @@ class Decoder:
 
         Args:
             prompts: token ids, at least one each.
-            max_length: tokens that the state must hold, prompt and continuation.
+            max_length: tokens that the state must hold, prompt (as often as it is read) and continuation.
         """
-        lengths = _check_prompts(prompts)
-        longest, shortest = max(lengths), min(lengths)
-        grid = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            grid[row, longest - lengths[row] :] = torch.as_tensor(prompt, dtype=torch.int64)
-        grid = grid.to(self.device)
-        prefix = self.model.config.objective == "prefix"
-        # Every row needs a token in the first piece, and prefix layers all of their prefix.
-        end = longest if prefix else min(longest, longest - shortest + self.prefill_chunk)
-        layout = None
-        if prefix or shortest != longest:
-            ends = [length - (longest - end) for length in lengths]
-            layout = Layout.left_padded(ends, end, prefix_lengths=lengths if prefix else None, device=self.device)
-        state = self.model.init_state(len(prompts), max_length=max_length)
+        _check_prompts(prompts)
+        return self._read(self.reading.prepare(self.reading.expand(prompts)), max_length)
+
+    def _read(self, prompts: Prompts, max_length: int) -> tuple[Tensor, ModelState]:
+        grid = prompts.tokens.to(self.device)
+        end = prompts.first_piece(self.prefill_chunk)
+        layout = prompts.layout(end, self.device)
+        state = self.model.init_state(len(grid), max_length=max_length)
         hidden, state, _ = self.model.encode(grid[:, :end], state, layout=layout, return_state=True)
-        while end < longest:
+        while end < grid.shape[1]:
             piece = grid[:, end : end + self.prefill_chunk]
             hidden, state, _ = self.model.encode(piece, state, return_state=True)
             end += piece.shape[1]
@@ -103,11 +106,14 @@ class Decoder:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        lengths = _check_prompts(prompts)
+        _check_prompts(prompts)
         finished = [False] * len(prompts) if finished is None else finished
+        texts = self.reading.expand(prompts)
+        prepared = self.reading.prepare(texts)
+        capacity = self._capacity(prepared.tokens.shape[1] + max_new_tokens)
         with _evaluation(self.model):
-            logits, state = self.prefill(prompts, max_length=self._capacity(max(lengths) + max_new_tokens))
-        captured = self._captured_step(state, len(prompts)) if self.capture and max_new_tokens > 1 else None
+            logits, state = self._read(prepared, capacity)
+        captured = None
         seen = self._seen(prompts) if sampling.repetition_penalty != 1.0 else None
         uniform = _draws(len(prompts), max_new_tokens, seed).to(self.device)
         for index in range(max_new_tokens):
@@ -127,7 +133,14 @@ class Decoder:
                 finished[row] = finished[row] or token in stop_ids
             if all(finished) or index + 1 == max_new_tokens:
                 return
-            if captured is not None:
+            for text, token in zip(texts, values, strict=True):
+                text.append(token)
+            if self.reading.reads_again(min(map(len, texts))):
+                with _evaluation(self.model):
+                    logits, state = self._read(self.reading.prepare(texts), capacity)
+                continue
+            if self.capture:
+                captured = captured or self._captured_step(state, len(prompts))
                 logits = captured(tokens)
             else:
                 with _evaluation(self.model):
@@ -177,13 +190,12 @@ def _draws(batch_size: int, steps: int, seed: int) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]]) -> list[int]:
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     if len(prompts) == 0:
         raise ValueError("there are no prompts; give at least one")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty; give at least one token, for example the tokenizer's separator")
-    return [len(prompt) for prompt in prompts]
 
 
 @contextlib.contextmanager

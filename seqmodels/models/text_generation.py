@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from seqmodels.models.generation import Decoder
 from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.prefix_reading import PrefixReading, ShortPrompts
 from seqmodels.models.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -78,16 +79,25 @@ class TextGenerator:
     Args:
         model: a language model of the tokenizer's vocabulary.
         tokenizer: see :mod:`seqmodels.tasks.tokenizer`.
-        capture: as in :class:`Decoder`.
+        capture, short_prompts: as in :class:`Decoder`. ``"repeat"`` repeats the text behind a new line, not
+            the separator before it.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, capture: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        *,
+        capture: bool | None = None,
+        short_prompts: ShortPrompts = "pad",
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={model.config.vocab_size}; "
                 "use the tokenizer the model was trained with"
             )
-        self.decoder = Decoder(model, capture=capture)
+        self.reading = PrefixReading(model.config, short_prompts)
+        self.decoder = Decoder(model, capture=capture, short_prompts="pad" if self._repeats else short_prompts)
         self.tokenizer = tokenizer
 
     def stream(
@@ -114,7 +124,7 @@ class TextGenerator:
         if any(not text for text in stop):
             raise ValueError("a stop string is empty; it would stop every text at once")
         separator = self.tokenizer.separator
-        ids = [[separator, *self.tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
+        ids = [self._ids(prompt) for prompt in prompts]
         streams = [TextStream(self.tokenizer, stop) for _ in prompts]
         finished = [False] * len(prompts)
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
@@ -127,6 +137,16 @@ class TextGenerator:
                 finished[row] = finished[row] or stream.stopped
             yield pieces
         yield [stream.finish() for stream in streams]
+
+    @property
+    def _repeats(self) -> bool:
+        return self.reading.short_prompts == "repeat"
+
+    def _ids(self, prompt: str) -> list[int]:
+        text = self.tokenizer.encode(prompt.encode()).tolist()
+        if self._repeats and self.reading.is_short(1 + len(text)):
+            text = self.tokenizer.encode(f"{prompt}\n{prompt}".encode()).tolist()
+        return [self.tokenizer.separator, *text]
 
     def generate(self, prompts: Sequence[str], **options: object) -> list[str]:
         """The continuation of each prompt; arguments of :meth:`stream`."""

@@ -147,7 +147,7 @@ def test_compat_mask_adds_phi_of_zero_for_padding():
     x = torch.randn(1, 16, 12, dtype=torch.float64)
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[:, :pads] = True
-    layout = Layout.full(1, 16, prefix_lengths=[prefix], compat_mask=mask)
+    layout = prefixed(1, 16, prefix).with_compat_mask(mask)
     heads, f = module.num_heads, module.key_dim
 
     def split(weight):
@@ -246,4 +246,4 @@ def test_bad_arguments_name_the_value():
     with pytest.raises(ValueError, match="has no prefix_lengths"):
         Layout.full(1, 4).prefixes()
     with pytest.raises(ValueError, match=r"compat_mask is \(1, 3\)"):
-        Layout.full(1, 4, prefix_lengths=[2], compat_mask=torch.zeros(1, 3, dtype=torch.bool))
+        prefixed(1, 4, 2).with_compat_mask(torch.zeros(1, 3, dtype=torch.bool))
