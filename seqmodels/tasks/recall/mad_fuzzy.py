@@ -74,9 +74,9 @@ def _rows(
     sizes, motifs, probe_draw = np.split(draws, [2 * n, (2 + 2 * MOTIF) * n], axis=1)
     key_size = 1 + below(sizes[:, :n], MOTIF) if split == "train" else np.full((rows, n), MOTIF)
     value_size = 1 + below(sizes[:, n:], MOTIF)
-    motifs = motifs.reshape(rows * n * 2, MOTIF)
-    key = distinct(motifs[: rows * n], keys).reshape(rows, n, MOTIF)
-    value = keys + distinct(motifs[rows * n :], values).reshape(rows, n, MOTIF)
+    motifs = motifs.reshape(rows, 2, n, MOTIF)
+    key = distinct(motifs[:, 0].reshape(-1, MOTIF), keys).reshape(rows, n, MOTIF)
+    value = keys + distinct(motifs[:, 1].reshape(-1, MOTIF), values).reshape(rows, n, MOTIF)
     key[np.arange(MOTIF) >= key_size[..., None]] = -1
     value[np.arange(MOTIF) >= value_size[..., None]] = -1
     base = keys + 1

@@ -14,6 +14,7 @@ from seqmodels.tasks.shuffle import permutation
 
 STREAM = 7  # of the order in which all sequences of a small problem are split
 MOST = 1 << 22  # sequences that are enumerated at most
+CHUNK = 1 << 12  # sequences drawn at a time where they are not
 
 
 def _alternating(n: int) -> list[tuple[int, ...]]:
@@ -128,7 +129,7 @@ def _drawn(
     found: list[np.ndarray] = []
     seen: set[bytes] = set()
     for chunk in itertools.count():
-        for _, draws in blocks(seed, (*stream, chunk), max(1024, count), length):
+        for _, draws in blocks(seed, (*stream, chunk), CHUNK, length):
             tokens = below(draws, order)
             part = _hash(tokens, split_seed) < np.uint64(int(fraction * 2**32))
             for row in tokens[part == (split == "train")].astype(np.uint8):
