@@ -90,8 +90,12 @@ def reduce(picture: np.ndarray) -> np.ndarray:
     """(2 n + 1 or 2 n) square picture in [0, 255] to 8 bits at half the size, rounded up: (n + 1 or n) square."""
     small = (picture.shape[0] + 1) // ANTIALIAS
     weights = _lanczos(picture.shape[0], small)
-    rows = np.clip(np.floor(picture @ weights.T + 0.5), 0, 255)
-    return np.clip(np.floor(weights @ rows + 0.5), 0, 255)
+    return _eight_bits(weights @ _eight_bits(picture @ weights.T))
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """0 to 255, halves up: a sum that is a half but for the order of its terms is a half on every machine."""
+    return np.clip(np.floor(np.round(values, 9) + 0.5), 0, 255)
 
 
 @functools.cache
