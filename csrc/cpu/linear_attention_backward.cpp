@@ -21,9 +21,7 @@
 // product has its long side along vectors. dC is summed over the heads that share q and k before
 // it meets them: two products a group, not a head. Blocks of heads follow one another, which gives
 // sums over heads one order for any number of threads.
-#include "linear_attention_kernels.h"
-
-#include "linear_attention_tile.h"
+#include "linear_attention_operands.h"
 
 namespace seqmodels {
 namespace SEQMODELS_LEVEL {
@@ -48,7 +46,8 @@ static void load_gradients(const LinearAttentionShape& s, const LinearAttentionG
   for (int64_t row = 0; row < rows; ++row) {
     float* gradient = dy + row * width;
     const T* y = out.y + (row0 + row) * stride + head * s.value_dim;
-    const float inverse = 1.0f / out.denominator[(row0 + row) * s.heads + head];
+    // With a scale the weights are made to sum to 1, and nothing is left to divide by.
+    const float inverse = s.scaled() ? 1.0f : 1.0f / out.denominator[(row0 + row) * s.heads + head];
     Vec dot{};
     for (int64_t p = 0; p < s.value_dim; p += kLanes) {
       const Vec scaled = load(gradient + p) * inverse;
@@ -59,10 +58,10 @@ static void load_gradients(const LinearAttentionShape& s, const LinearAttentionG
   }
 }
 
-// to[p][n] = carry from[p][n] + sum over rows of weight_row x[row][p] y[row][n], p in [begin, end).
+// to[p][n] = carry (kept[n] with a scale) from[p][n] + sum over rows of weight_row x[row][p] y[row][n], p in [begin, end).
 static void advance(const float* x, const float* weights, int64_t width, const float* y, int64_t key_width,
-                    int64_t rows, float carry, int64_t begin, int64_t end, const float* from, float* to,
-                    float* weighted) {
+                    int64_t rows, float carry, const float* kept, int64_t begin, int64_t end, const float* from,
+                    float* to, float* weighted) {
   for (int64_t row = 0; row < rows; ++row) {
     const float* from_row = x + row * width;
     for (int64_t p = 0; p < width; p += kLanes) store(weighted + row * width + p, load(from_row + p) * weights[row]);
@@ -70,7 +69,8 @@ static void advance(const float* x, const float* weights, int64_t width, const f
   for_tiles(end - begin, key_width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
     tile.template add_product<Order::columns>(weighted + begin + row, width, y + column, key_width, 0, rows);
     for_vectors(tile, begin + row, column, [&](int64_t p, int64_t n, Vec value) {
-      store(to + p * key_width + n, load(from + p * key_width + n) * carry + value);
+      const Vec keep = kept ? load(kept + n) : broadcast(carry);
+      store(to + p * key_width + n, load(from + p * key_width + n) * keep + value);
     });
   });
 }
@@ -79,19 +79,42 @@ template <class T>
 static void start_states(const LinearAttentionInputs<T>& in, const Document& document, int64_t head, int64_t row_begin,
                          int64_t row_end, float* states, int64_t stride, float* scratch) {
   const LinearAttentionShape& s = in.shape;
-  const int64_t key_width = padded(s.key_dim), width = padded(s.state_width()), key_stride = s.key_groups * s.key_dim;
+  const int64_t key_width = padded(s.key_dim), width = padded(s.state_width());
   Arena arena(scratch);
-  float* k = arena.take(kChunkRows * key_width);
+  Operands o(arena, s);
   float* v = arena.take(kChunkRows * width);
   ChunkWeights w;
-  // The last chunk's end is nobody's start.
-  for (int64_t begin = 0; begin + s.chunk_tokens < document.length; begin += s.chunk_tokens, states += stride) {
-    const int64_t token = document.start + begin, row0 = token * s.ranks, rows = s.chunk_tokens * s.ranks;
-    copy_rows(in.k + row0 * key_stride + s.key_group(head) * s.key_dim, key_stride, rows, s.key_dim, k, key_width);
+  // The last chunk's end is nobody's start, but its scale is that of the final state.
+  const int64_t length = s.scaled() ? document.length : document.length - s.chunk_tokens;
+  for (int64_t begin = 0; begin < length; begin += s.chunk_tokens, states += stride) {
+    const int64_t token = document.start + begin, tokens = std::min(s.chunk_tokens, document.length - begin);
+    const int64_t row0 = token * s.ranks, rows = tokens * s.ranks;
+    load_keys(in, s.key_group(head), row0, rows, o);
+    if (s.scaled()) {
+      scale_keys(s, states + backward_scale(s), rows, o);
+      std::copy(o.scale, o.scale + key_width, states + stride + backward_scale(s));
+    }
     load_values(in, row0, rows, head, v);
-    chunk_weights(in, token, s.chunk_tokens, head, w);
-    advance(v, w.stored, width, k, key_width, rows, w.carry, row_begin, row_end, states, states + stride, v);
+    chunk_weights(in, token, tokens, head, w);
+    advance(v, w.stored, width, o.k, key_width, rows, w.carry, s.scaled() ? o.kept : nullptr, row_begin, row_end, states,
+            states + stride, v);
   }
+}
+
+// What reads the state of a chunk, from the scales at its start and (one stride on) at its end.
+template <class T>
+static void state_queries(const LinearAttentionInputs<T>& in, const LinearAttentionGradients<T>& out,
+                          const float* scale, int64_t stride, int64_t row0, int64_t rows, int64_t head, Operands& o) {
+  const LinearAttentionShape& s = in.shape;
+  const int64_t key_width = padded(s.key_dim);
+  for (int64_t n = 0; n < key_width; n += kLanes) {
+    store(o.kept + n, exp(load(scale + n) - load(scale + stride + n)));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    relative(o.log_q + i * key_width, scale, 1.0f, out.denominator[(row0 + i) * s.heads + head], key_width,
+             o.state_q + i * key_width);
+  }
+  std::fill(o.state_q + rows * key_width, o.state_q + round_up(rows, 8) * key_width, 0.0f);
 }
 
 template <class T>
@@ -99,19 +122,21 @@ static void end_gradients(const LinearAttentionInputs<T>& in, const LinearAttent
                           const Document& document, int64_t head, int64_t row_begin, int64_t row_end, float* states,
                           int64_t stride, float* scratch) {
   const LinearAttentionShape& s = in.shape;
-  const int64_t key_width = padded(s.key_dim), width = padded(s.state_width()), stride_q = s.query_groups * s.key_dim;
+  const int64_t key_width = padded(s.key_dim), width = padded(s.state_width());
   Arena arena(scratch);
-  float* q = arena.take(kChunkRows * key_width);
+  Operands o(arena, s);
   float* dy = arena.take(kChunkRows * width);
   ChunkWeights w;
   for (int64_t chunk = s.chunks(document.length) - 1; chunk >= 0; --chunk) {
     const int64_t begin = chunk * s.chunk_tokens, tokens = std::min(s.chunk_tokens, document.length - begin);
     const int64_t token = document.start + begin, row0 = token * s.ranks, rows = tokens * s.ranks;
-    copy_rows(in.q + row0 * stride_q + s.query_group(head) * s.key_dim, stride_q, rows, s.key_dim, q, key_width);
+    float* to = states + chunk * stride;
+    load_queries(in, s.query_group(head), row0, rows, o);
+    if (s.scaled()) state_queries(in, out, to + backward_scale(s), stride, row0, rows, head, o);
     load_gradients(s, out, row0, rows, head, dy);
     chunk_weights(in, token, tokens, head, w);
-    float* to = states + chunk * stride;
-    advance(dy, w.from_start, width, q, key_width, rows, w.carry, row_begin, row_end, to + stride, to, dy);
+    advance(dy, w.from_start, width, o.state_q, key_width, rows, w.carry, s.scaled() ? o.kept : nullptr, row_begin,
+            row_end, to + stride, to, dy);
   }
 }
 
@@ -153,26 +178,76 @@ static void backward_pairs(const ChunkWeights& w, int64_t token, const float* sc
 
 // What one head needs of q and k, and what all heads of a pair of groups share.
 struct Shared {
-  float *q, *k, *kt, *dq, *dk, *scores, *dscores;
+  Operands o;
+  float *dq, *dk;                 // of the features; of log phi with a scale
+  float *duq, *duk, *raw;         // with a map; raw scores with Taylor
+  float *scores, *dscores;
   int64_t query_group = -1, key_group = -1;
+
+  Shared(Arena& arena, const LinearAttentionShape& s) : o(arena, s) {
+    dq = arena.take(kChunkRows * padded(s.key_dim) + 16);
+    dk = arena.take(kChunkRows * padded(s.key_dim) + 16);
+    scores = arena.take(kChunkRows * kChunkRows);
+    dscores = arena.take(kChunkRows * kChunkRows);
+    if (s.map == FeatureMap::none) return;
+    duq = arena.take(kChunkRows * padded(s.map_width) + 16);
+    duk = arena.take(kChunkRows * padded(s.map_width) + 16);
+    raw = arena.take(kChunkRows * kChunkRows);
+  }
 };
 
-// dQ += dC K and dK += dC^T Q, when the last head of a pair of groups is done.
-static void finish_pair(const Shared& shared, int64_t rows, int64_t ranks, int64_t key_width) {
-  for_tiles(rows, key_width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
-    tile.template add_product<Order::rows>(shared.dscores + row * kChunkRows, kChunkRows, shared.k + column, key_width,
-                                           0, visible_end(row, rows, ranks));
+// dQ += dC K, times `factor` element by element where it is given, and dK += dC^T Q.
+static void add_score_gradients(const float* dscores, const float* q, const float* k, int64_t rows, int64_t ranks,
+                                int64_t width, const float* factor, float* dq, float* dk) {
+  for_tiles(rows, width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
+    tile.template add_product<Order::rows>(dscores + row * kChunkRows, kChunkRows, k + column, width, 0,
+                                           visible_end(row, rows, ranks));
     for_vectors(tile, row, column, [&](int64_t r, int64_t n, Vec value) {
-      store(shared.dq + r * key_width + n, load(shared.dq + r * key_width + n) + value);
+      if (factor) value *= load(factor + r * width + n);
+      store(dq + r * width + n, load(dq + r * width + n) + value);
     });
   });
-  for_tiles(rows, key_width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
-    tile.template add_product<Order::columns>(shared.dscores + row, kChunkRows, shared.q + column, key_width,
-                                              row / ranks * ranks, rows);
+  for_tiles(rows, width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
+    tile.template add_product<Order::columns>(dscores + row, kChunkRows, q + column, width, row / ranks * ranks, rows);
     for_vectors(tile, row, column, [&](int64_t r, int64_t n, Vec value) {
-      store(shared.dk + r * key_width + n, load(shared.dk + r * key_width + n) + value);
+      store(dk + r * width + n, load(dk + r * width + n) + value);
     });
   });
+}
+
+// Gradients of q and k by way of the scores, when the last head of a pair of groups is done. With Taylor they
+// are those of u: d(1 + s + s^2 / 2) = (1 + s) ds.
+static void finish_pair(const LinearAttentionShape& s, const Shared& shared, int64_t rows) {
+  const Operands& o = shared.o;
+  const int64_t key_width = padded(s.key_dim);
+  if (s.map == FeatureMap::taylor) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(s.map_width));
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j <= i; j += kLanes) {
+        const int64_t at = i * kChunkRows + j;
+        const Vec gradient = load(shared.dscores + at) * (load(shared.raw + at) + 1.0f) * scale;
+        store(shared.dscores + at, first_lanes(gradient, i + 1 - j));
+      }
+    }
+    return add_score_gradients(shared.dscores, o.uq, o.uk, rows, s.ranks, padded(s.map_width), nullptr, shared.duq,
+                               shared.duk);
+  }
+  add_score_gradients(shared.dscores, o.q, o.k, rows, s.ranks, key_width, s.scaled() ? o.q : nullptr, shared.dq,
+                      shared.dk);
+  if (!s.scaled()) return;
+  for (int64_t at = 0; at < rows * key_width; at += kLanes) store(shared.dk + at, load(shared.dk + at) * load(o.k + at));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; o.far[i] && j <= i; ++j) {  // what chunk_scores summed directly
+      const float gradient = shared.dscores[i * kChunkRows + j];
+      for (int64_t n = 0; n < key_width; n += kLanes) {
+        float *dq = shared.dq + i * key_width + n, *dk = shared.dk + j * key_width + n;
+        const Vec both = load(o.log_q + i * key_width + n) + load(o.log_k + j * key_width + n);
+        const Vec term = exp(both - o.shift[i]) * gradient;
+        store(dq, load(dq) + term);
+        store(dk, load(dk) + term);
+      }
+    }
+  }
 }
 
 // Rows of a gradient to memory: added to `sums` unless this is the group's first block of heads,
@@ -194,6 +269,18 @@ static void write_rows(const float* from, int64_t from_stride, int64_t rows, int
   }
 }
 
+// What was gathered of one group, by way of its map, to memory.
+template <class T>
+static void finish_group(const LinearAttentionShape& s, int64_t rows, const float* u, const float* phi,
+                         const float* dphi, float* du, float* row, T* to, float* sums, int64_t stride, bool add) {
+  const int64_t width = s.gradient_width();
+  if (s.map == FeatureMap::none) {
+    return write_rows<T>(dphi, padded(s.key_dim), rows, width, to, sums, stride, add);
+  }
+  map_gradient(s.map, u, width, rows, phi, dphi, s.key_dim, row, du);
+  write_rows<T>(du, padded(width), rows, width, to, sums, stride, add);
+}
+
 template <class T>
 static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGradients<T>& out, int64_t token,
                      int64_t tokens, int64_t first, int64_t last, const float* states, const float* grad_states,
@@ -202,12 +289,11 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
   const int64_t key_width = padded(s.key_dim), width = padded(s.state_width()), depth = s.state_width();
   const int64_t rows = tokens * s.ranks, row0 = token * s.ranks, columns = round_up(rows, kLanes);
   const int64_t state_size = backward_state_size(s), value_stride = s.heads * s.value_dim;
-  const int64_t query_stride = s.query_groups * s.key_dim, key_stride = s.key_groups * s.key_dim;
+  const int64_t gradient_width = s.gradient_width();
+  const int64_t query_stride = s.query_groups * gradient_width, key_stride = s.key_groups * gradient_width;
   Arena arena(scratch);
-  Shared shared;
-  for (float** piece : {&shared.q, &shared.k, &shared.kt, &shared.dq, &shared.dk}) {
-    *piece = arena.take(kChunkRows * key_width);
-  }
+  Shared shared(arena, s);
+  Operands& o = shared.o;
   float* v = arena.take(kChunkRows * width);
   float* vt = arena.take(kChunkRows * width);
   float* dy = arena.take(kChunkRows * width);
@@ -215,8 +301,6 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
   float* dvt = arena.take(kChunkRows * width);
   float* a = arena.take(kChunkRows * kChunkRows);
   float* da = arena.take(kChunkRows * kChunkRows);
-  shared.scores = arena.take(kChunkRows * kChunkRows);
-  shared.dscores = arena.take(kChunkRows * kChunkRows);
   float* from_state = arena.take(kChunkRows * kLanes);  // t, a vector for each row
   float* into_state = arena.take(kChunkRows);           // k_j . D v_j
   ChunkWeights w;
@@ -225,16 +309,18 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
 
   const auto finish = [&](int64_t query_group, int64_t key_group) {
     if (shared.query_group < 0) return;
-    finish_pair(shared, rows, s.ranks, key_width);
+    finish_pair(s, shared, rows);
     if (query_group != shared.query_group) {
-      const int64_t at = row0 * query_stride + shared.query_group * s.key_dim;
-      write_rows(shared.dq, key_width, rows, s.key_dim, out.grad_q + at, out.sum_q ? out.sum_q + at : nullptr,
-                 query_stride, shared.query_group * (s.heads / s.query_groups) < first);
+      const int64_t at = row0 * query_stride + shared.query_group * gradient_width;
+      const bool add = shared.query_group * (s.heads / s.query_groups) < first;
+      float* sums = out.sum_q ? out.sum_q + at : nullptr;
+      finish_group(s, rows, o.uq, o.q, shared.dq, shared.duq, o.row, out.grad_q + at, sums, query_stride, add);
     }
     if (key_group != shared.key_group) {
-      const int64_t at = row0 * key_stride + shared.key_group * s.key_dim;
-      write_rows(shared.dk, key_width, rows, s.key_dim, out.grad_k + at, out.sum_k ? out.sum_k + at : nullptr,
-                 key_stride, shared.key_group * (s.heads / s.key_groups) < first);
+      const int64_t at = row0 * key_stride + shared.key_group * gradient_width;
+      const bool add = shared.key_group * (s.heads / s.key_groups) < first;
+      float* sums = out.sum_k ? out.sum_k + at : nullptr;
+      finish_group(s, rows, o.uk, o.k, shared.dk, shared.duk, o.row, out.grad_k + at, sums, key_stride, add);
     }
   };
 
@@ -243,18 +329,23 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
     if (query_group != shared.query_group || key_group != shared.key_group) {
       finish(query_group, key_group);
       if (query_group != shared.query_group) {
-        const T* q = in.q + row0 * query_stride + query_group * s.key_dim;
-        copy_rows(q, query_stride, rows, s.key_dim, shared.q, key_width);
+        load_queries(in, query_group, row0, rows, o);
         std::fill(shared.dq, shared.dq + kChunkRows * key_width, 0.0f);
+        if (s.map != FeatureMap::none) std::fill(shared.duq, shared.duq + kChunkRows * padded(s.map_width) + 16, 0.0f);
       }
       if (key_group != shared.key_group) {
-        const T* k = in.k + row0 * key_stride + key_group * s.key_dim;
-        copy_rows(k, key_stride, rows, s.key_dim, shared.k, key_width);
-        transpose(shared.k, key_width, round_up(rows, 8), key_width, shared.kt, kChunkRows);
+        load_keys(in, key_group, row0, rows, o);
         std::fill(shared.dk, shared.dk + kChunkRows * key_width, 0.0f);
+        if (s.map != FeatureMap::none) std::fill(shared.duk, shared.duk + kChunkRows * padded(s.map_width) + 16, 0.0f);
+        if (s.scaled()) {  // then every head is a group
+          const float* scale = states + (head - first) * state_size + backward_scale(s);
+          scale_keys(s, scale, rows, o);
+          normalized_queries(s, scale, rows, out.denominator + row0 * s.heads + head, s.heads, o);
+        }
+        transpose_keys(s, rows, o);
       }
       shared.query_group = query_group, shared.key_group = key_group;
-      lower_scores(shared.q, shared.kt, rows, s.ranks, s.key_dim, key_width, shared.scores);
+      chunk_scores(s, rows, o, shared.scores, s.map == FeatureMap::taylor ? shared.raw : nullptr);
       std::fill(shared.dscores, shared.dscores + kChunkRows * kChunkRows, 0.0f);
     }
     const float* S = states + (head - first) * state_size;
@@ -280,7 +371,7 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
     // dV, transposed: rows of P, columns of tokens.
     std::fill(into_state, into_state + kChunkRows, 0.0f);
     for_tiles(depth, columns, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
-      tile.template add_product<Order::rows>(D + row * key_width, key_width, shared.kt + column, kChunkRows, 0,
+      tile.template add_product<Order::rows>(D + row * key_width, key_width, o.kt + column, kChunkRows, 0,
                                              s.key_dim);
       for_vectors(tile, row, column, [&](int64_t p, int64_t j, Vec value) {
         store(into_state + j, load(into_state + j) + load(vt + p * kChunkRows + j) * value);
@@ -305,8 +396,9 @@ static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGr
       for_vectors(tile, row, column, [&](int64_t r, int64_t n, Vec value) {
         value *= w.from_start[r];
         const int64_t at = r * key_width + n;
-        store(from_state + r * kLanes, load(from_state + r * kLanes) + value * load(shared.q + at));
-        store(shared.dq + at, load(shared.dq + at) + value);
+        const Vec product = value * load(o.state_q + at);
+        store(from_state + r * kLanes, load(from_state + r * kLanes) + product);
+        store(shared.dq + at, load(shared.dq + at) + (s.scaled() ? product : value));
       });
     });
     for_tiles(rows, key_width, [&](auto tile, int64_t row, int64_t column) __attribute__((always_inline)) {
@@ -375,8 +467,6 @@ SEQMODELS_INSTANTIATE(bfloat16)
 namespace seqmodels {
 namespace {
 
-using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_state, Tensor q, Tensor k, Tensor v,
                                            std::optional<Tensor> log_decay, std::optional<Tensor> past,
                                            std::optional<Tensor> diagonal, std::optional<Tensor> initial_state,
@@ -384,68 +474,7 @@ SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
                                            double epsilon, Tensor y, Tensor denominator) {
   const Tensors tensors(q, k, v, log_decay, past, diagonal, initial_state, normalize, epsilon);
   const Documents documents(v.size(0), v.size(1), starts, lengths);
-  tensors.check_state(documents.slots);
-  const LinearAttentionShape& s = tensors.shape;
-  check_tensor(grad_y, "grad_y", v.scalar_type());
-  check_tensor(grad_final_state, "grad_final_state", ScalarType::Float);
-  check_tensor(y, "y", v.scalar_type());
-  check_tensor(denominator, "denominator", ScalarType::Float);
-  STD_TORCH_CHECK(grad_y.numel() == v.numel() && y.numel() == v.numel() &&
-                      (!normalize || denominator.numel() * s.value_dim == v.numel()) &&
-                      grad_final_state.numel() == documents.slots * s.heads * s.key_dim * s.state_width(),
-                  "gradients do not have the shapes of the outputs");
-  // Every element of a document is written; padding, if there is any, is zero.
-  const auto make = [&](const Tensor& like) {
-    Tensor tensor = torch::stable::empty_like(like);
-    if (documents.padding) torch::stable::zero_(tensor);
-    return tensor;
-  };
-  const auto make_optional = [&](const std::optional<Tensor>& like) {
-    return like.has_value() ? make(*like) : torch::stable::new_empty(v, {0}, ScalarType::Float);
-  };
-  Tensor grad_q = make(q), grad_k = make(k), grad_v = make(v);
-  Tensor grad_log_decay = make_optional(log_decay), grad_past = make_optional(past);
-  Tensor grad_diagonal = make_optional(diagonal);
-  Tensor grad_initial = initial_state.has_value() ? torch::stable::empty_like(*initial_state)
-                                                  : torch::stable::new_empty(v, {0}, ScalarType::Float);
-  const auto data = [](const Tensor& tensor) {
-    return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr;
-  };
-
-  const auto run = [&](auto zero, const auto& kernels) {
-    using T = decltype(zero);
-    LinearAttentionGradients<T> out{
-        static_cast<const T*>(grad_y.data_ptr()), static_cast<const T*>(y.data_ptr()),
-        static_cast<const float*>(denominator.data_ptr()), static_cast<T*>(grad_v.data_ptr()),
-        static_cast<T*>(grad_q.data_ptr()), static_cast<T*>(grad_k.data_ptr()), nullptr, nullptr,
-        data(grad_log_decay), data(grad_past), data(grad_diagonal)};
-    // A group that several blocks of heads share is summed in float32 and rounded once.
-    const auto shared_by_blocks = [&](int64_t groups) { return s.head_block % (s.heads / groups) != 0; };
-    Tensor sum_q = grad_q, sum_k = grad_k;
-    const auto sums = [&](Tensor& sum, const Tensor& grad, int64_t groups) -> float* {
-      if (!shared_by_blocks(groups)) return nullptr;
-      if (is_bfloat16(v)) sum = torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Float);
-      return static_cast<float*>(sum.data_ptr());
-    };
-    out.sum_q = sums(sum_q, grad_q, s.query_groups);
-    out.sum_k = sums(sum_k, grad_k, s.key_groups);
-    const float* grad_final = static_cast<const float*>(grad_final_state.data_ptr());
-    run_backward(tensors, documents, out, grad_final, data(grad_initial), kernels);
-    const auto round = [&](Tensor& grad, const Tensor& sum) {
-      torch::stable::copy_(grad, torch::stable::view(sum, grad.sizes()));
-    };
-    if (is_bfloat16(v) && out.sum_q) round(grad_q, sum_q);
-    if (is_bfloat16(v) && out.sum_k) round(grad_k, sum_k);
-  };
-  if (is_bfloat16(v)) {
-    run(bfloat16{}, Kernels<bfloat16>{choose_linear_attention_start_states_bfloat16(),
-                                      choose_linear_attention_end_gradients_bfloat16(),
-                                      choose_linear_attention_backward_bfloat16()});
-  } else {
-    run(0.0f, Kernels<float>{choose_linear_attention_start_states_float(),
-                             choose_linear_attention_end_gradients_float(), choose_linear_attention_backward_float()});
-  }
-  return {grad_q, grad_k, grad_v, grad_log_decay, grad_past, grad_diagonal, grad_initial};
+  return differentiate(tensors, documents, grad_y, grad_final_state, y, denominator);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ constexpr int64_t kWaveFloats = int64_t{8} << 20;  // chunk states held at a tim
 
 // (N, W) of a tensor to a transposed state; a null source is zero.
 void read_transposed(const LinearAttentionShape& s, const float* from, float* state) {
-  std::fill(state, state + backward_state_size(s), 0.0f);
+  std::fill(state, state + backward_scale(s), 0.0f);
   if (!from) return;
   for (int64_t n = 0; n < s.key_dim; ++n) {
     for (int64_t p = 0; p < s.state_width(); ++p) state[p * padded(s.key_dim) + n] = from[n * s.state_width() + p];
@@ -45,13 +45,15 @@ struct ChunkTask {
 template <class T>
 void run_block(const LinearAttentionInputs<T>& in, const LinearAttentionGradients<T>& out,
                const std::vector<Walk>& wave, int64_t first, const float* initial, const float* grad_final,
-               float* grad_initial, float* starts, float* ends, const Kernels<T>& kernels) {
+               const float* initial_scale, float* grad_initial, float* starts, float* ends, const Kernels<T>& kernels) {
   const LinearAttentionShape& s = in.shape;
   const int64_t block = s.head_block, size = backward_state_size(s), stride = block * size;
   const int64_t scratch_size = backward_scratch_size(s), tensor_state = s.key_dim * s.state_width();
   const int64_t height = round_up(s.state_width(), 8), walks = static_cast<int64_t>(wave.size());
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t slices = std::max<int64_t>(1, std::min(height / 8, threads / (walks * block * 2)));
+  // Slices of P would each make all features again.
+  const int64_t widest = s.map == FeatureMap::none ? height / 8 : 1;
+  const int64_t slices = std::max<int64_t>(1, std::min(widest, threads / (walks * block * 2)));
   const int64_t slice_rows = round_up((height + slices - 1) / slices, 8);
 
   const auto each_head = [&](auto body) {
@@ -63,22 +65,40 @@ void run_block(const LinearAttentionInputs<T>& in, const LinearAttentionGradient
     const int64_t at = (walk.document.slot * s.heads + first + h) * tensor_state;
     read_transposed(s, initial ? initial + at : nullptr, starts + walk.offset + h * size);
     read_transposed(s, grad_final + at, ends + walk.offset + walk.chunks * stride + h * size);
+    const float* scale = initial_scale ? initial_scale + (walk.document.slot * s.heads + first + h) * s.key_dim : nullptr;
+    if (s.scaled()) read_scale(s, scale, starts + walk.offset + h * size + backward_scale(s));
   });
-  parallel(walks * block * 2 * slices, [&](int64_t begin, int64_t end) {
-    Buffer scratch(scratch_size);
-    for (int64_t task = begin; task < end; ++task) {
-      const Walk& walk = wave[task / (block * 2 * slices)];
-      const int64_t h = task / (2 * slices) % block, row = task % slices * slice_rows;
-      const int64_t row_end = std::min(height, row + slice_rows);
-      if (row >= height) continue;
-      const int64_t at = walk.offset + h * size;
-      if (task / slices % 2 == 0) {
-        kernels.start_states(in, walk.document, first + h, row, row_end, starts + at, stride, scratch.data());
-      } else {
-        kernels.end_gradients(in, out, walk.document, first + h, row, row_end, ends + at, stride, scratch.data());
+  // S forwards and D backwards, at once; D needs the scales of all chunks where there are any.
+  const auto walk_states = [&](bool forwards, bool backwards) {
+    const int64_t passes = (forwards ? 1 : 0) + (backwards ? 1 : 0);
+    parallel(walks * block * passes * slices, [&](int64_t begin, int64_t end) {
+      Buffer scratch(scratch_size);
+      for (int64_t task = begin; task < end; ++task) {
+        const Walk& walk = wave[task / (block * passes * slices)];
+        const int64_t h = task / (passes * slices) % block, row = task % slices * slice_rows;
+        const int64_t row_end = std::min(height, row + slice_rows);
+        if (row >= height) continue;
+        const int64_t at = walk.offset + h * size;
+        if (forwards && task / slices % passes == 0) {
+          kernels.start_states(in, walk.document, first + h, row, row_end, starts + at, stride, scratch.data());
+        } else {
+          kernels.end_gradients(in, out, walk.document, first + h, row, row_end, ends + at, stride, scratch.data());
+        }
       }
-    }
-  });
+    });
+  };
+  if (s.scaled()) {
+    walk_states(true, false);
+    each_head([&](const Walk& walk, int64_t h) {
+      for (int64_t chunk = 0; chunk <= walk.chunks; ++chunk) {
+        const int64_t at = walk.offset + chunk * stride + h * size + backward_scale(s);
+        std::copy(starts + at, starts + at + padded(s.key_dim), ends + at);
+      }
+    });
+    walk_states(false, true);
+  } else {
+    walk_states(true, true);
+  }
   std::vector<ChunkTask> tasks;
   for (int64_t walk = 0; walk < walks; ++walk) {
     for (int64_t chunk = 0; chunk < wave[walk].chunks; ++chunk) tasks.push_back({walk, chunk});
@@ -125,9 +145,87 @@ void run_backward(const Tensors& tensors, const Documents& documents, const Line
     Buffer starts(size), ends(size);
     starts.check(), ends.check();
     for (int64_t first = 0; first < s.heads; first += s.head_block) {
-      run_block(in, out, wave, first, initial, grad_final, grad_initial, starts.data(), ends.data(), kernels);
+      run_block(in, out, wave, first, initial, grad_final, float_data(tensors.initial_log_scale), grad_initial,
+                starts.data(), ends.data(), kernels);
     }
   }
+}
+
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients of q, k, v, log_decay, past, diagonal and the initial state; empty where there is none of the last
+// four. Where every head has features of its own, those of q and k are float32 gradients of u, (batch, length,
+// 1, H, map_width).
+SevenTensors differentiate(const Tensors& tensors, const Documents& documents, const Tensor& grad_y,
+                           const Tensor& grad_final_state, const Tensor& y, const Tensor& denominator) {
+  const LinearAttentionShape& s = tensors.shape;
+  const Tensor& v = tensors.v;
+  tensors.check_state(documents.slots);
+  check_tensor(grad_y, "grad_y", v.scalar_type());
+  check_tensor(grad_final_state, "grad_final_state", ScalarType::Float);
+  check_tensor(y, "y", v.scalar_type());
+  check_tensor(denominator, "denominator", ScalarType::Float);
+  STD_TORCH_CHECK(grad_y.numel() == v.numel() && y.numel() == v.numel() &&
+                      (!s.normalize || denominator.numel() * s.value_dim == v.numel()) &&
+                      grad_final_state.numel() == documents.slots * s.heads * s.key_dim * s.state_width(),
+                  "gradients do not have the shapes of the outputs");
+  // Every element of a document is written; padding, if there is any, is zero.
+  const auto clean = [&](Tensor tensor) {
+    if (documents.padding) torch::stable::zero_(tensor);
+    return tensor;
+  };
+  const auto make = [&](const Tensor& like) { return clean(torch::stable::empty_like(like)); };
+  const auto make_optional = [&](const std::optional<Tensor>& like) {
+    return like.has_value() ? make(*like) : torch::stable::new_empty(v, {0}, ScalarType::Float);
+  };
+  const auto make_mapped = [&](const Tensor& like) {
+    if (!tensors.by_head) return make(like);
+    const std::vector<int64_t> sizes{v.size(0), v.size(1), 1, s.heads, s.map_width};
+    return clean(torch::stable::new_empty(v, sizes, ScalarType::Float));
+  };
+  Tensor grad_q = make_mapped(tensors.q), grad_k = make_mapped(tensors.k), grad_v = make(v);
+  Tensor grad_log_decay = make_optional(tensors.log_decay), grad_past = make_optional(tensors.past);
+  Tensor grad_diagonal = make_optional(tensors.diagonal);
+  Tensor grad_initial = tensors.initial_state.has_value() ? torch::stable::empty_like(*tensors.initial_state)
+                                                          : torch::stable::new_empty(v, {0}, ScalarType::Float);
+  const auto data = [](const Tensor& tensor) {
+    return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr;
+  };
+
+  const auto run = [&](auto zero, const auto& kernels) {
+    using T = decltype(zero);
+    LinearAttentionGradients<T> out{
+        static_cast<const T*>(grad_y.data_ptr()), static_cast<const T*>(y.data_ptr()),
+        static_cast<const float*>(denominator.data_ptr()), static_cast<T*>(grad_v.data_ptr()),
+        static_cast<T*>(grad_q.data_ptr()), static_cast<T*>(grad_k.data_ptr()), nullptr, nullptr,
+        data(grad_log_decay), data(grad_past), data(grad_diagonal)};
+    // A group that several blocks of heads share is summed in float32 and rounded once.
+    Tensor sum_q = grad_q, sum_k = grad_k;
+    const auto sums = [&](Tensor& sum, const Tensor& grad, int64_t groups) -> float* {
+      const bool shared_by_blocks = s.head_block % (s.heads / groups) != 0;
+      if (!shared_by_blocks && !tensors.by_head) return nullptr;
+      if (is_bfloat16(grad)) sum = torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Float);
+      return static_cast<float*>(sum.data_ptr());
+    };
+    out.sum_q = sums(sum_q, grad_q, s.query_groups);
+    out.sum_k = sums(sum_k, grad_k, s.key_groups);
+    const float* grad_final = static_cast<const float*>(grad_final_state.data_ptr());
+    run_backward(tensors, documents, out, grad_final, data(grad_initial), kernels);
+    const auto round = [&](Tensor& grad, const Tensor& sum) {
+      torch::stable::copy_(grad, torch::stable::view(sum, grad.sizes()));
+    };
+    if (is_bfloat16(grad_q) && out.sum_q) round(grad_q, sum_q);
+    if (is_bfloat16(grad_k) && out.sum_k) round(grad_k, sum_k);
+  };
+  if (is_bfloat16(v)) {
+    run(bfloat16{}, Kernels<bfloat16>{choose_linear_attention_start_states_bfloat16(),
+                                      choose_linear_attention_end_gradients_bfloat16(),
+                                      choose_linear_attention_backward_bfloat16()});
+  } else {
+    run(0.0f, Kernels<float>{choose_linear_attention_start_states_float(),
+                             choose_linear_attention_end_gradients_float(), choose_linear_attention_backward_float()});
+  }
+  return {grad_q, grad_k, grad_v, grad_log_decay, grad_past, grad_diagonal, grad_initial};
 }
 
 }  // namespace

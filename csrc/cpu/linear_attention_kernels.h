@@ -9,15 +9,28 @@ namespace seqmodels {
 template <class T>
 struct LinearAttentionOutputs {
   T* y;
-  float* denominator;  // (tokens * R, H), or null
+  float* denominator;  // (tokens * R, H), or null; of a scaled state the logarithm, scale and all
 };
 
+// S, then z for the normaliser, then the scale.
 static inline int64_t forward_state_size(const LinearAttentionShape& shape) {
-  return padded(shape.key_dim) * (padded(shape.value_dim) + 1);  // S, then z for the normaliser
+  return padded(shape.key_dim) * (padded(shape.value_dim) + 1 + (shape.scaled() ? 1 : 0));
+}
+static inline int64_t forward_scale(const LinearAttentionShape& shape) {
+  return padded(shape.key_dim) * (padded(shape.value_dim) + 1);
+}
+
+// What a feature map takes besides: x, u and log phi of q and k, a transposed u, rows, scales.
+static inline int64_t feature_scratch_size(const LinearAttentionShape& s) {
+  if (s.map == FeatureMap::none) return 0;
+  const int64_t width = padded(s.map_width), features = padded(s.key_dim);
+  const int64_t exponents = s.scaled() ? 3 * features : 0;
+  return kChunkRows * (padded(s.depth) + 3 * width + exponents + 2) + width + 2 * features + 256;
 }
 
 static inline int64_t forward_scratch_size(const LinearAttentionShape& shape) {
-  return kChunkRows * (3 * padded(shape.key_dim) + 2 * padded(shape.value_dim) + 2 * kChunkRows + 1) + 128;
+  return kChunkRows * (3 * padded(shape.key_dim) + 2 * padded(shape.value_dim) + 2 * kChunkRows + 1) + 192 +
+         feature_scratch_size(shape);
 }
 
 // One chunk: outputs from the states at its start (one of forward_state_size for each head of
@@ -29,6 +42,15 @@ using LinearAttentionForward = void(const LinearAttentionInputs<T>&, const Linea
 
 SEQMODELS_DECLARE_KERNEL(LinearAttentionForward<float>, linear_attention_forward_float)
 SEQMODELS_DECLARE_KERNEL(LinearAttentionForward<bfloat16>, linear_attention_forward_bfloat16)
+
+// The states of one head at the start of every chunk of a document, rows [row_begin, row_end) of
+// N: chunk i's at states + i * stride; behind the last chunk the final one. states[0] is given.
+template <class T>
+using LinearAttentionStates = void(const LinearAttentionInputs<T>&, const Document&, int64_t head, int64_t row_begin,
+                                   int64_t row_end, float* states, int64_t stride, float* scratch);
+
+SEQMODELS_DECLARE_KERNEL(LinearAttentionStates<float>, linear_attention_states_float)
+SEQMODELS_DECLARE_KERNEL(LinearAttentionStates<bfloat16>, linear_attention_states_bfloat16)
 
 template <class T>
 struct LinearAttentionGradients {
@@ -45,13 +67,18 @@ struct LinearAttentionGradients {
   float* grad_diagonal;
 };
 
-// S and D transposed: rows of P (and the normaliser), columns of N.
+// S and D transposed: rows of P (and the normaliser), columns of N; then the scale.
 static inline int64_t backward_state_size(const LinearAttentionShape& s) {
+  return (round_up(s.state_width(), 8) + (s.scaled() ? 1 : 0)) * padded(s.key_dim);
+}
+static inline int64_t backward_scale(const LinearAttentionShape& s) {
   return round_up(s.state_width(), 8) * padded(s.key_dim);
 }
 
 static inline int64_t backward_scratch_size(const LinearAttentionShape& s) {
-  return kChunkRows * (5 * padded(s.key_dim) + 5 * padded(s.state_width()) + 4 * kChunkRows + 20) + 256;
+  const int64_t gradients = s.map == FeatureMap::none ? 0 : kChunkRows * (2 * padded(s.map_width) + kChunkRows);
+  return kChunkRows * (5 * padded(s.key_dim) + 5 * padded(s.state_width()) + 4 * kChunkRows + 20) + 384 +
+         feature_scratch_size(s) + gradients;
 }
 
 // S of one head at the start of every chunk (chunk i's at states + i * stride; states[0] is given),

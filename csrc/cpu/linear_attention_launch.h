@@ -34,6 +34,12 @@ class Buffer {
   std::unique_ptr<float, Free> memory_;
 };
 
+// A scale of N features in padded memory; null: no key yet.
+void read_scale(const LinearAttentionShape& s, const float* from, float* to) {
+  std::fill(to, to + padded(s.key_dim), -1e30f);
+  if (from) std::copy(from, from + s.key_dim, to);
+}
+
 template <class Body>
 void parallel(int64_t tasks, const Body& body) {
   torch::stable::parallel_for(0, tasks, 1, body);
@@ -78,8 +84,10 @@ struct Documents {
 // The inputs, checked: a wrong shape must not become a wild pointer.
 struct Tensors {
   Tensor q, k, v;
-  std::optional<Tensor> log_decay, past, diagonal, initial_state;
+  std::optional<Tensor> log_decay, past, diagonal, initial_state, initial_log_scale;
   LinearAttentionShape shape;
+  const float *query_weight = nullptr, *key_weight = nullptr;  // of a feature map, padded
+  bool by_head = false;  // every head has features of its own, whatever the groups of q and k
 
   Tensors(Tensor q_, Tensor k_, Tensor v_, std::optional<Tensor> log_decay_, std::optional<Tensor> past_,
           std::optional<Tensor> diagonal_, std::optional<Tensor> initial_state_, bool normalize, double epsilon)
@@ -129,7 +137,9 @@ struct Tensors {
             static_cast<const T*>(v.data_ptr()),
             float_data(log_decay),
             float_data(past),
-            float_data(diagonal)};
+            float_data(diagonal),
+            query_weight,
+            key_weight};
   }
 };
 

@@ -339,7 +339,11 @@ _operator = Operator(
     residuals=2,
     keep_outputs=True,
     fake=_fake,
-    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch"},
+    modules={
+        "reference": f"{_PACKAGE}.reference",
+        "torch": f"{_PACKAGE}.torch",
+        "cpu": f"{_PACKAGE}.cpu",
+    },
     differentiable=(0, 1, 2, 3, 4, 5, 6),
 )
 _state_operator = Operator(
