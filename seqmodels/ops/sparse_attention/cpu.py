@@ -1,9 +1,9 @@
 """Sparse global attention on the CPU: one block of queries at a time against the keys it can reach.
 
 A block of S queries reaches at most S + w - 1 local keys and G chosen ones; they are gathered, and
-two matrix products and a softmax are taken with them: no memory grows with the square of the
-length. The backward computes the probabilities again from the saved log-sum-exp, and adds the gradients of
-overlapping blocks in float32.
+PyTorch's CPU flash attention takes them with one additive mask: no memory grows with the square of
+the length. The backward is written out, since the mask holds the biases and their gradient is wanted; it computes
+the probabilities again from the saved log-sum-exp, and adds the gradients of overlapping blocks in float32.
 
 H key heads, R query heads for each, P the width, n queries and K keys of a block.
 """
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from seqmodels.ops.registration import state_dtype
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class _Block(NamedTuple):
@@ -53,11 +55,10 @@ def forward(
     for block in _blocks(token, position, local_source, global_source, global_position, window):
         queries = _by_head(q.flatten(0, 1)[block.queries], heads, compute)
         key, value = (_gathered(x, block.sources, compute) for x in (keys, values))
-        logits = _logits(queries, key, bias, block, scale)
-        sum_ = logits.logsumexp(-1)
-        probability = logits.sub_(sum_.unsqueeze(-1)).exp_()
-        out[block.queries] = _by_token(probability.flatten(1, 2) @ value, block).to(q.dtype)
-        sums[block.queries] = sum_.flatten(0, 1).T
+        mask = _mask(bias, block, compute).repeat(queries.shape[1], 1)
+        result, sum_ = _flash(queries.flatten(1, 2)[None], key[None], value[None], attn_mask=mask, scale=scale)
+        out[block.queries] = _by_token(result[0], block).to(q.dtype)
+        sums[block.queries] = sum_[0].unflatten(1, queries.shape[1:3]).flatten(0, 1).T
     return y, log_sum
 
 
@@ -140,6 +141,11 @@ def _gathered(x: Tensor, sources: Tensor, dtype: torch.dtype) -> Tensor:
 def _logits(queries: Tensor, key: Tensor, bias: Tensor, block: _Block, scale: float) -> Tensor:
     """(H, R, n, K), minus infinity where hidden."""
     logits = torch.bmm(queries.flatten(1, 2), key.mT).mul_(scale).unflatten(1, queries.shape[1:3])
-    added = logits.new_zeros(block.hidden.shape)
-    added[:, block.local :] = bias[block.sources[block.local :]].to(logits.dtype)
-    return logits.add_(added.masked_fill_(block.hidden, float("-inf")))
+    return logits.add_(_mask(bias, block, logits.dtype))
+
+
+def _mask(bias: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits, (n, K): 0 for local keys, the bias of chosen ones, minus infinity where hidden."""
+    added = torch.zeros(block.hidden.shape, dtype=dtype)
+    added[:, block.local :] = bias[block.sources[block.local :]].to(dtype)
+    return added.masked_fill_(block.hidden, float("-inf"))

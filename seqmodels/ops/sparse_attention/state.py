@@ -47,15 +47,19 @@ def empty(
 ) -> SparseCache:
     """The state before the first token; scores in float32 (float64 beside float64 keys)."""
     scores = state_dtype(dtype or torch.get_default_dtype())
-    ring = [empty_cache(documents, heads, window, head_dim, device=device, dtype=dtype) for _ in range(2)]
-    chosen = [empty_cache(documents, heads, num_globals, head_dim, device=device, dtype=dtype) for _ in range(2)]
+
+    def tokens(count: int) -> Tensor:
+        return empty_cache(documents, heads, count, head_dim, device=device, dtype=dtype)
+
     return SparseCache(
-        *ring,
-        torch.zeros(documents, dtype=torch.int64, device=device),
-        torch.zeros(documents, block, device=device, dtype=scores),
-        *chosen,
-        torch.zeros(documents, num_globals, device=device, dtype=scores),
-        torch.full((documents, num_globals), -1, dtype=torch.int64, device=device),
+        key=tokens(window),
+        value=tokens(window),
+        position=torch.zeros(documents, dtype=torch.int64, device=device),
+        recent_score=torch.zeros(documents, block, device=device, dtype=scores),
+        global_key=tokens(num_globals),
+        global_value=tokens(num_globals),
+        global_score=torch.zeros(documents, num_globals, device=device, dtype=scores),
+        global_position=torch.full((documents, num_globals), -1, dtype=torch.int64, device=device),
     )
 
 
