@@ -1,4 +1,4 @@
-"""``python -m evals.lra``: make data, train and test, or draw the page of what was measured."""
+"""Long Range Arena: make data, train and test a configuration on a task, or draw the page of what was measured."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m evals.lra",
         description=__doc__,
         usage="%(prog)s [-h] (TASK --config NAME --out DIR | generate TASK | baselines TASK --out DIR | --report DIR)",
-        epilog="exit status: 0, 2 for wrong arguments or data, 3 when --minutes ended first (the same command goes on)",
+        epilog="tasks: listops, text, retrieval, image, pathfinder32, pathfinder128 (Path-X), pathfinder64, "
+        "pathfinder256, and for a CPU listops-256, digits. Data and examples: docs/lra.md. "
+        "Exit status: 0, 2 for wrong arguments or data, 3 when --minutes ended first (the same command goes on).",
     )
     parser.add_argument("words", nargs="*", metavar="TASK", help="TASK, 'generate TASK' or 'baselines TASK'")
     parser.add_argument("--config", metavar="NAME|FILE", help="of configs/lra, or a YAML file")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="such as training.epochs=2")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="of all tasks' data; $SEQMODELS_LRA_DATA unless given")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="of the data; default: $SEQMODELS_LRA_DATA, else ~/.cache/seqmodels/lra",
+    )
     parser.add_argument(
         "--source", choices=("auto", "generated", "release"), default="auto",
         help="of ListOps and Pathfinder: what 'generate' made, the files of lra_release.gz, or (auto) what is there",
@@ -34,11 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="of results.jsonl and runs/; what is there is gone on from"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run each; default: 0")
     parser.add_argument("--minutes", type=float, help="stop after so long with a checkpoint, and exit with status 3")
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of generate")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="DIR", help="draw the page into the first")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes of generate; default: all cores"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="draw README.md and figures into the first, from the rows of all",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.report:
@@ -74,7 +89,9 @@ def _generate(task: str, options: argparse.Namespace, parser: argparse.ArgumentP
     )
 
     from seqmodels.tasks.lra import generate_task
+    from seqmodels.tasks.lra.registry import generated_plan
 
+    generated_plan(task)  # a task that is not generated is refused before a bar is drawn
     columns = (TextColumn(task), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         bar = progress.add_task(task, total=None)

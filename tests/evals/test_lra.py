@@ -179,6 +179,13 @@ def test_command_rows_report(tmp_path, capsys):
     assert (out / "listops-256.png").stat().st_size > 5000
 
 
+def test_help_names_every_task(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    words = capsys.readouterr().out.replace(",", " ").replace(";", " ").replace(".", " ").split()
+    assert set(TASKS) <= set(words)
+
+
 def test_wrong_commands(tmp_path, capsys):
     plan = str(tmp_path / "tiny.yaml")
     for arguments, message in [

@@ -115,15 +115,21 @@ def load_task(name: str, folder: Path | None = None, options: DataOptions = Data
     return task.load(default_folder() if folder is None else folder, options)
 
 
+def generated_plan(name: str) -> Generated:
+    """How task ``name`` is made. Raises ConfigError for a task that is loaded."""
+    plan = task_named(name).generated
+    if plan is None:
+        known = ", ".join(other for other, task in TASKS.items() if task.generated is not None)
+        raise ConfigError(f"task {name!r} is not generated, it is loaded; generated are {known}")
+    return plan
+
+
 def generate_task(
     name: str, folder: Path | None = None, *, jobs: int = 1,
     done: Callable[[int, int], None] = lambda finished, shards: None,
 ) -> tuple[Path, str]:  # fmt: skip
     """Makes what is missing of task ``name`` in ``folder/name``: the folder, and the digest of the content."""
-    plan = task_named(name).generated
-    if plan is None:
-        known = ", ".join(other for other, task in TASKS.items() if task.generated is not None)
-        raise ConfigError(f"task {name!r} is not generated, it is loaded; generated are {known}")
+    plan = generated_plan(name)
     target = (default_folder() if folder is None else folder) / name
     digest = shards.generate(
         target, plan.maker, plan.settings, plan.count, plan.shard_size, jobs=jobs, distinct=plan.distinct, done=done

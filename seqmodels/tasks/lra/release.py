@@ -17,7 +17,7 @@ from seqmodels.tasks.lra.shards import DataError
 if TYPE_CHECKING:
     from types import ModuleType
 
-WHERE = "lra_release.gz, linked from https://github.com/google-research/long-range-arena"
+WHERE = "lra_release.gz (linked from https://github.com/google-research/long-range-arena)"
 LISTOPS_SIZES = {"train": 96_000, "val": 2000, "test": 2000}
 PATHFINDER_SIZE = 200_000
 PATHFINDER_SIDES = (32, 64, 128, 256)
