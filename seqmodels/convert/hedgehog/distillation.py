@@ -46,7 +46,7 @@ class Distillation:
 
     def _output(self, core: Any, call: AttentionCall, teacher: Tensor) -> Tensor:
         y, _ = core(call.q, call.k, call.v, layout=call.layout())
-        error = (y - teacher).float().square()
+        error = (y - teacher).to(torch.promote_types(y.dtype, torch.float32)).square()
         if call.key_mask is not None:
             error = error[call.key_mask]
         loss = OUTPUT_SCALE * error.mean()

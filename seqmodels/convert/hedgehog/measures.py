@@ -126,7 +126,7 @@ def _ranks(values: Tensor, seen: Tensor) -> Tensor:
     ordered = values.sort(dim=-1).values
     below = torch.searchsorted(ordered, values)
     upto = torch.searchsorted(ordered, values, right=True)
-    return torch.where(seen, (below + upto - 1) / 2, 0.0)
+    return torch.where(seen, (below + upto - 1).double() / 2, 0.0)
 
 
 def _entropy(weights: Tensor) -> Tensor:

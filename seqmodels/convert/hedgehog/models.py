@@ -37,6 +37,7 @@ from seqmodels.convert.hedgehog.families import (
 )
 from seqmodels.convert.hedgehog.runtime import Runtime
 from seqmodels.convert.hedgehog.settings import AttentionSettings
+from seqmodels.ops.registration import state_dtype
 
 
 class HedgehogModel(PreTrainedModel):
@@ -177,10 +178,10 @@ def swap_attention(model: PreTrainedModel, settings: AttentionSettings) -> Hedge
     model.__class__ = converted
     assert isinstance(model, HedgehogModel)  # now
     model.attach()
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     for _, module in attention_modules(model):
-        if settings.kind != "softmax":
-            module.linear_core.to(device)
+        if settings.kind != "softmax":  # float32 beside half precision: maps are trained
+            module.linear_core.to(like.device, state_dtype(like.dtype))
     return model
 
 

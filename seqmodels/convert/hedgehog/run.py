@@ -158,7 +158,7 @@ class Conversion:
             if linear:
                 pictures.draw_attention(self.model, self.held_out[0].to(self.here.device), self.work / "attention.png")
         if self.settings.second_stage:
-            self._finetune(stage)
+            self._finetune()
             self._measure_score("finetuned", self.model)
             if linear:
                 self._measure_fidelity("finetuned")
@@ -201,11 +201,10 @@ class Conversion:
 
         self._train(1, self.model, settings.learning_rate, self.settings.first_stage, step)
 
-    def _finetune(self, stage: int) -> None:
+    def _finetune(self) -> None:
         settings, offset = self.settings.finetuning, self.settings.first_stage
+        torch.manual_seed(self.settings.seed)  # before the updates are drawn; a checkpoint brings its own state
         trained = add_trainable(self.model, settings)
-        if stage == 1:
-            torch.manual_seed(self.settings.seed)
 
         def step(index: int) -> dict[str, Any]:
             trained.train()
