@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Causality, MixerOutput
 from seqmodels.mixers.linear_attention import LinearAttention, LinearAttentionState
+from seqmodels.ops.feature_attention import FeatureState, feature_state
 from seqmodels.ops.linear_attention import linear_attention
 
 
@@ -79,23 +80,26 @@ class PrefixLinearAttention(LinearAttention):
         if state is not None:
             self.check_state(state, x.shape[0] if layout is None else layout.num_documents)
         before = None if state is None else state.matrix
-        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
         if layout is not None and layout.prefix_lengths is not None:
             k, v = self._read(x, self.encoder_k_proj, self.encoder_v_proj, layout)
-            # Summed over the prefix alone; what the tokens would read on the way is not wanted.
-            _, before = linear_attention(
-                q, k, v, initial_state=before, normalize=True, epsilon=self.epsilon, layout=layout.prefixes()
-            )
+            before = feature_state(
+                k, v, feature_map="taylor", layout=layout.prefixes(),
+                initial_state=None if before is None else FeatureState(before, None),
+            ).matrix  # fmt: skip
         k, v = self._read(x, self.k_proj, self.v_proj, layout)
-        y, final = linear_attention(q, k, v, initial_state=before, normalize=True, epsilon=self.epsilon, layout=layout)
+        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
+        y, final = linear_attention(
+            q.to(v.dtype), self.key_map(k).to(v.dtype), v,
+            initial_state=before, normalize=True, epsilon=self.epsilon, layout=layout,
+        )  # fmt: skip
         return MixerOutput(self._output(y, x), LinearAttentionState(final) if return_state else None, {})
 
     def _read(self, x: Tensor, k_proj: nn.Linear, v_proj: nn.Linear, layout: Layout | None) -> tuple[Tensor, Tensor]:
-        """phi(k) (batch, length, heads, features) and v (batch, length, heads, value_dim)."""
+        """k (batch, length, heads, feature_dim) before its map, and v (batch, length, heads, value_dim)."""
         k = k_proj(x).unflatten(-1, (self.num_heads, self.key_dim))
         if layout is not None and layout.compat_mask is not None:
             k = k.masked_fill(layout.compat_mask[..., None, None], 0)
-        return self.key_map(k), v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
+        return k, v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
 
     def flops(self, length: int) -> int:
         """As if the whole sequence were prefix."""
