@@ -9,6 +9,7 @@ one; and only integer arithmetic and IEEE additions, products and quotients on t
 from __future__ import annotations
 
 import decimal
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -99,11 +100,14 @@ def weighted_distinct(draws: np.ndarray, weights: np.ndarray, k: int) -> np.ndar
     return np.argsort(arrival, axis=1, kind="stable")[:, :k]
 
 
+@functools.cache
 def power_weights(count: int, exponent: float) -> np.ndarray:
     """i^exponent for i = 1..count, correctly rounded (``pow`` of a C library need not be)."""
     context = decimal.Context(prec=40)
     power = decimal.Decimal(repr(float(exponent)))
-    return np.array([float(context.power(decimal.Decimal(i), power)) for i in range(1, count + 1)])
+    weights = np.array([float(context.power(decimal.Decimal(i), power)) for i in range(1, count + 1)])
+    weights.setflags(write=False)  # it is shared by all callers
+    return weights
 
 
 def first_occurrence(codes: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -98,7 +99,12 @@ def generate(
 
 def row_length(name: str, settings: Mapping[str, Any]) -> int:
     """Tokens of a row."""
-    return generate(name, 1, settings, seed=0).tokens.shape[1]
+    return _row_length(name, tuple(sorted(settings.items())))
+
+
+@functools.cache
+def _row_length(name: str, settings: tuple[tuple[str, Any], ...]) -> int:
+    return generate(name, 1, dict(settings), seed=0).tokens.shape[1]
 
 
 def vocab_size(name: str, settings: Mapping[str, Any]) -> int:
