@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="exit status: 0, 1 when a control fails or a cell could not be run, 2 for wrong arguments",
     )
     parser.add_argument("--suite", metavar="NAME", help="cpu (minutes on two cores) or paper (one GPU)")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these: attention, causal, prefix")
     parser.add_argument("--jobs", type=int, help="cells at a time, a thread each; 2 on a CPU, 1 on a GPU unless given")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results.jsonl; finished cells in it are kept")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
@@ -42,11 +43,14 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     from evals.results import Results
     from evals.set_disjointness import runner
-    from evals.set_disjointness.suites import suite_named
+    from evals.set_disjointness.suites import ARMS, suite_named
     from evals.set_disjointness.summary import SUITE, judge, points
 
     suite = suite_named(options.suite)
-    cells = suite.cells(options.suite)
+    unknown = set(options.arms) - set(ARMS)
+    if unknown:
+        raise ValueError(f"unknown arm {', '.join(sorted(unknown))}; known: {', '.join(ARMS)}")
+    cells = [cell for cell in suite.cells(options.suite) if cell.arm in (options.arms or ARMS)]
     if options.list:
         print("\n".join(f"{cell.name} seed {cell.seed}" for cell in cells))
         return 0

@@ -65,6 +65,8 @@ def _page(suite: str, found: list[Point], target: Path) -> Iterator[str]:
     machines, commits = (sorted({run.row[name] for run in runs}) for name in ("machine", "commit"))
     cell = runs[0].about["cell"]
     plan = cell["plan"]
+    by_arm = {run.about["arm"]: f"{run.about['cell']['plan']['steps']:,} steps ({run.about['arm']})" for run in runs}
+    steps = ", ".join(by_arm.values())
     draw(found, target / f"{suite}.png")
     mlp = " mlp" if cell["mlp_expansion"] else ""
     yield from (
@@ -78,7 +80,7 @@ def _page(suite: str, found: list[Point], target: Path) -> Iterator[str]:
         "",
         "Two lists that share one element; the model reads A, then B, and names it. "
         f"{cell['pairs']} x (gated_conv{mlp} mixer{mlp}), no positions, vocabulary {plan['vocab_size']}, trained on "
-        f"(|A|, |B|) = {', '.join(f'({a}, {b})' for a, b in plan['train_sizes'])} for {plan['steps']:,} steps of "
+        f"(|A|, |B|) = {', '.join(f'({a}, {b})' for a, b in plan['train_sizes'])} for {steps} of "
         f"{plan['batch_size']}; {plan['test_count']:,} test examples a size. `causal` is Taylor linear attention, "
         "`prefix` the same with a second reading of the whole input (prefix linear attention), both with the same "
         "state; `attention` keeps every token. Means over seeds at the best learning rate.",

@@ -8,6 +8,7 @@ import msgspec
 
 from seqmodels.configuration import nearest
 
+ARMS = ("attention", "causal", "prefix")
 Sizes = tuple[tuple[int, int], ...]
 
 
@@ -72,9 +73,11 @@ class Suite(msgspec.Struct, frozen=True):
 
     Attributes:
         plan: with the first learning rate; the others replace it.
+        attention_steps: of the control, which finds its solution late and at once.
     """
 
     plan: Plan
+    attention_steps: int
     learning_rates: tuple[float, ...]
     d_model: tuple[int, ...]
     feature_dim: tuple[int, ...]
@@ -96,13 +99,17 @@ class Suite(msgspec.Struct, frozen=True):
             Cell(
                 suite=name, arm=arm, layer=layer, d_model=d_model, num_heads=2, feature_dim=width, pairs=self.pairs,
                 mlp_expansion=self.mlp_expansion, embedding_std=self.embedding_std,
-                plan=msgspec.structs.replace(self.plan, learning_rate=rate), seed=seed, device=self.device,
+                plan=self._plan(arm, rate), seed=seed, device=self.device,
             )
             for seed in range(self.seeds)
             for arm, layer, width in arms
             for d_model in self.d_model
             for rate in self.learning_rates
         ]  # fmt: skip
+
+    def _plan(self, arm: str, rate: float) -> Plan:
+        steps = self.attention_steps if arm == "attention" else self.plan.steps
+        return msgspec.structs.replace(self.plan, learning_rate=rate, steps=steps)
 
 
 def both_orders(*sizes: tuple[int, int]) -> Sizes:
@@ -123,6 +130,7 @@ SUITES = {
             warmup_steps=100,
             test_count=1000,
         ),
+        attention_steps=2500,
         learning_rates=(6e-3,),
         d_model=(32,),
         feature_dim=(2, 4, 8),
@@ -147,6 +155,7 @@ SUITES = {
             warmup_steps=900,
             test_count=1000,
         ),
+        attention_steps=90_000,
         learning_rates=(1e-4, 5e-4, 8e-4),
         d_model=(36, 48, 64, 96, 128),
         feature_dim=(4, 8, 16, 24),

@@ -70,15 +70,15 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Run]:
 
 
 def points(runs: Collection[Run]) -> list[Point]:
-    """By suite, arm and state size; of several plans under one name, the one that ran last.
+    """By suite, arm and state size; of an arm's plans under one name, the one that ran last.
 
     The learning rate of a point is the one with the best mean over its seeds and test sizes, as published.
     """
-    newest = {run.about["suite"]: run for run in sorted(runs, key=lambda run: run.row["time"])}
+    newest = {(run.about["suite"], run.about["arm"]): run for run in sorted(runs, key=lambda run: run.row["time"])}
     groups: dict[tuple[Any, ...], dict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         cell = run.about["cell"]
-        if _protocol(cell) == _protocol(newest[cell["suite"]].about["cell"]):
+        if _protocol(cell) == _protocol(newest[cell["suite"], cell["arm"]].about["cell"]):
             key = (cell["suite"], cell["arm"], cell["d_model"], cell["feature_dim"], run.about["state_elements"])
             groups[key][cell["plan"]["learning_rate"]].append(run)
     found = []
