@@ -39,7 +39,7 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``transformers`` tokenizer; its bos (else eos) token separates documents."""
+    """A ``transformers`` tokenizer; its bos (else eos, else sep: BERT) token separates documents."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -47,10 +47,10 @@ class HuggingFaceTokenizer:
         except ImportError as error:
             raise ImportError(f"tokenizer {path!r} needs the transformers package: pip install transformers") from error
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        separator = self._tokenizer.bos_token_id
-        separator = self._tokenizer.eos_token_id if separator is None else separator
+        special = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
+        separator = next((token for token in special if token is not None), None)
         if separator is None:
-            raise ValueError(f"tokenizer {path!r} has neither a bos nor an eos token; one must separate documents")
+            raise ValueError(f"tokenizer {path!r} has neither a bos nor an eos token, nor a sep token; one must separate documents")
         self.name = path
         self.vocab_size = len(self._tokenizer)
         self.separator = separator

@@ -23,8 +23,10 @@ from seqmodels.configuration import ConfigError
 from seqmodels.convert.files import ConversionError
 from seqmodels.convert.hedgehog import AttentionSettings, ConversionSettings, load, swap_attention
 from seqmodels.convert.hedgehog.cores import ablated
+from seqmodels.convert.hedgehog.data import IGNORED, Batch, ConversionData
 from seqmodels.convert.hedgehog.distillation import Distillation
 from seqmodels.convert.hedgehog.measures import fidelity, spearman
+from seqmodels.convert.hedgehog.models import load_original
 from seqmodels.convert.hedgehog.progress import Progress
 from seqmodels.convert.hedgehog.report import recovered
 from seqmodels.convert.hedgehog.run import convert_model
@@ -198,6 +200,32 @@ def test_a_killed_conversion_goes_on_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_models_own_tokenizer(tmp_path: Path, text: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    given = settings(tmp_path, text, "bert", finetuning=FinetuningSettings(method="none"))
+    words = {
+        word: index for index, word in enumerate(["[PAD]", "[UNK]", "[SEP]", "[MASK]", "and", *map(str, range(20))])
+    }
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(given.model)
+    given = msgspec.structs.replace(given, data=msgspec.structs.replace(given.data, tokenizer="model"))
+    data = ConversionData(given, load_original(given.model).config)
+    batch, again = data.train(3), data.train(3)
+    assert torch.equal(batch.tokens, again.tokens)
+    predicted = batch.targets != IGNORED
+    assert 0.05 < predicted.float().mean() < 0.3
+    assert (batch.tokens[predicted] == words["[MASK]"]).float().mean() > 0.5
+    assert not torch.equal(batch.tokens, data.train(4).tokens)
+    convert_model(given, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == words["[MASK]"]
+
+
 def test_what_is_there_is_not_overwritten(tmp_path: Path, text: Path) -> None:
     given = settings(tmp_path, text)
     taken = tmp_path / "taken"
@@ -214,9 +242,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, text: Path) -> None:
         convert_model(given, tmp_path / "out", resume=True)
 
 
-def test_a_diverging_stage_says_what_to_lower(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverging_stage_says_what_to_lower(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., Any] = Distillation.__call__
 
     def broken(self: Distillation, layer: int, *rest: Any) -> None:
@@ -327,8 +353,6 @@ def test_rank_correlation_against_its_definition() -> None:
 
 def test_fidelity_of_softmax_with_itself() -> None:
     """A window over everything is softmax: no divergence, one entropy, perfect order."""
-    from seqmodels.convert.hedgehog.data import Batch
-
     model = swap_attention(tiny("gpt2"), AttentionSettings(kind="hedgehog_window", window=30))
     ids = tokens(2, 20)
     for row in fidelity(model, [Batch(ids, ids)], torch.device("cpu")):
