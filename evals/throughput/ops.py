@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import seqmodels
-from evals.throughput import rivals, state_space
+from evals.throughput import feature_attention, rivals, state_space
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error
 from seqmodels import backends
 
@@ -338,6 +338,13 @@ OPS: dict[str, Op] = {
         _linear_attention_inputs, _linear_attention, _linear_attention_cost, _linear_attention_backward_cost,
         ("q", "k", "v", "log_decay"), rivals.linear_attention_rivals,
     ),
+    **{
+        f"feature_attention_{name}": Op(
+            feature_attention.inputs, feature_attention.run, feature_attention.cost, feature_attention.backward_cost,
+            gradients, feature_attention.rivals,
+        )
+        for name, gradients in (("hedgehog", ("q", "k", "v", "wq", "wk")), ("taylor", ("q", "k", "v")))
+    },
     "short_conv": Op(
         _short_conv_inputs, _short_conv, _short_conv_cost, _short_conv_backward_cost,
         ("x", "weight", "bias"), rivals.short_conv_rivals,

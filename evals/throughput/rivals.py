@@ -84,13 +84,13 @@ def linear_attention_rivals(device: torch.device) -> Iterator[Rival]:
     if device.type == "cuda":
         yield "fla simple_gla", _fla_simple_gla, {}
         yield "mamba-ssm chunk_scan", _mamba_chunk_scan, {}
-        yield "sdpa flash", _narrow(sdpa("FLASH_ATTENTION")), SOFTMAX
-        yield "sdpa cudnn", _narrow(sdpa("CUDNN_ATTENTION")), SOFTMAX
+        yield "sdpa flash", narrow(sdpa("FLASH_ATTENTION")), SOFTMAX
+        yield "sdpa cudnn", narrow(sdpa("CUDNN_ATTENTION")), SOFTMAX
     else:
-        yield "sdpa flash", _narrow(sdpa("FLASH_ATTENTION")), SOFTMAX
+        yield "sdpa flash", narrow(sdpa("FLASH_ATTENTION")), SOFTMAX
 
 
-def _narrow(make: Callable[[], Callable[[dict[str, Tensor]], Tensor]]) -> Callable[[], Any]:
+def narrow(make: Callable[[], Callable[[dict[str, Tensor]], Tensor]]) -> Callable[[], Any]:
     """Softmax attention with as many heads as v has, of v's width: q and k repeated and cut to it."""
 
     def outer() -> Callable[[dict[str, Tensor]], Tensor]:

@@ -118,8 +118,19 @@ def _cpu() -> Iterator[Case]:
         if _on_meta(name, constant_state=True) or _on_meta(name, constant_state=False):
             yield _layer(name, "forward+backward", float32, 1, 1024, 256, 5, rivals=False)
 
-
     yield from _state_space_cpu()
+    yield from _feature_attention_cpu()
+
+
+def _feature_attention_cpu() -> Iterator[Case]:
+    """The shapes of the Hedgehog and Based papers: heads of 64, and keys of 16 for Taylor."""
+    heads = {"H": 8, "P": 64}
+    for mode, lengths in (("forward", (4096, 8192)), ("forward+backward", (4096,))):
+        for length in lengths:
+            yield Case("op", "feature_attention_hedgehog", mode, "float32", 1, length, {**heads, "D": 64}, 1)
+            yield Case("op", "feature_attention_taylor", mode, "float32", 1, length, {**heads, "D": 16}, 1)
+    for mode in ("forward", "forward+backward"):
+        yield Case("op", "linear_attention", mode, "float32", 1, 4096, {**heads, "N": 128, "G": 8}, 1)
 
 
 def _state_space_cpu() -> Iterator[Case]:

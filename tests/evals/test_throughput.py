@@ -47,6 +47,8 @@ def of_metric(rows, metric):
     ("op", "sizes"),
     [
         ("linear_attention", TINY),
+        ("feature_attention_hedgehog", {"H": 2, "P": 8, "D": 8}),
+        ("feature_attention_taylor", {"H": 2, "P": 8, "D": 4}),
         ("short_conv", {"C": 8, "W": 4}),
         ("attention", {"H": 2, "P": 8}),
         ("mamba3", TINY),
