@@ -96,6 +96,8 @@ def recurrence_rivals(device: torch.device) -> Iterator[Rival]:
 def _copy(tensors: Tensors) -> Tensor:
     """As many tensors read and written, newly allocated ones included, as the recurrence's forward has."""
     decay, x = tensors["decay"], tensors["x"]
+    if x.requires_grad:
+        raise ValueError("a copy's backward moves nothing: there is nothing to compare with")
     return decay + x if decay.shape == x.shape else x.clone()
 
 
