@@ -136,24 +136,31 @@ def test_equal_largest_scores_share_the_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    """Errors of at most twice the reference's in the same precision, plus one rounding of each value."""
-    arguments = inputs(None, 16, cached=True, dtype=dtype)
-    low = [x.to(dtype) if x.is_floating_point() else x for x in arguments]
-    low[3], low[4] = arguments[3].float(), arguments[4].float()
-    exact = [*arguments[:3], low[3].double(), low[4].double(), *arguments[5:]]
-    results = {}
-    for name, backend, given in (("exact", "reference", exact), ("low", "reference", low), ("torch", "torch", low)):
-        leaves = [x.clone().requires_grad_() for x in given[:-1]]
-        with seqmodels.backend(backend):
-            y = run([*leaves, given[-1]], 16, None)
-            torch.manual_seed(1)
-            weight = torch.randn(y.shape).to(dtype).to(y.dtype)
-            results[name] = [y, *torch.autograd.grad((y * weight).sum(), leaves)]
-    for exact_one, low_one, found in zip(results["exact"], results["low"], results["torch"], strict=True):
-        assert found.dtype == low_one.dtype
-        error = (found.double() - exact_one).abs().max()
-        floor = 4 * torch.finfo(dtype).eps * exact_one.abs().max()
-        assert error <= 2 * (low_one.double() - exact_one).abs().max() + floor
+    """Law 5's bound: twice the reference's error in the same precision, plus 4 eps of the group's largest value.
+
+    Over five draws, since ``factor`` has four entries, and the largest error of four is a matter of luck.
+    """
+    errors, low_errors, sizes = torch.zeros(8), torch.zeros(8), torch.zeros(8)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        arguments = inputs(None, 16, cached=True, dtype=dtype)
+        low = [x.to(dtype) if x.is_floating_point() else x for x in arguments]
+        low[3], low[4] = arguments[3].float(), arguments[4].float()
+        exact = [*arguments[:3], low[3].double(), low[4].double(), *arguments[5:]]
+        weight = torch.randn(3, 40, HEADS, VALUE).to(dtype)
+        results = {}
+        for name, backend, given in (("exact", "reference", exact), ("low", "reference", low), ("torch", "torch", low)):
+            leaves = [x.clone().requires_grad_() for x in given[:-1]]
+            with seqmodels.backend(backend):
+                y = run([*leaves, given[-1]], 16, None)
+            results[name] = [y.detach(), *torch.autograd.grad((y * weight.to(y.dtype)).sum(), leaves)]
+        for index, (truth, one, other) in enumerate(zip(*results.values(), strict=True)):
+            assert one.dtype == other.dtype
+            low_errors[index] = max(low_errors[index], (one.double() - truth).abs().max())
+            errors[index] = max(errors[index], (other.double() - truth).abs().max())
+            sizes[index] = max(sizes[index], truth.abs().max())
+    sizes[1:] = sizes[1:].max()  # gradients are one group
+    assert (errors <= 2 * low_errors + 4 * torch.finfo(dtype).eps * sizes).all(), (errors, low_errors)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -256,7 +263,7 @@ def test_evicted_tokens_are_those_a_window_ago():
 
 
 def test_memory_is_linear_in_the_length():
-    """No tensor of the forward or backward has more elements than the inputs, or a group of blocks."""
+    """No tensor of the forward or backward has more elements than the inputs and a row, or a group of blocks."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from seqmodels.ops.window_linear_attention import torch as blocked
@@ -280,7 +287,7 @@ def test_memory_is_linear_in_the_length():
             blocked.backward(y, q, k, v, past, factor, *rest, y, divisor)
         return seen.elements
 
-    assert largest(32768) <= max(blocked._SCORES, 32768 * 2 * 9) < 32768 * 32768 / 1000
+    assert largest(32768) <= max(blocked._SCORES, 32769 * 2 * 9) < 32768 * 32768 / 1000
 
 
 def test_registered_op_passes_opcheck():

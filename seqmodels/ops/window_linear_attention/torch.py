@@ -14,6 +14,7 @@ the past, and r_i = sum_j p_ij e_ij:
 The term of the largest is the gradient of c_i, which does not cancel: the past is not scaled by e^{-c_i}.
 
 Shape legend: T blocks, C queries, S = C + window - 1 keys, G key heads, r query heads of one, d and P widths.
+Heads stand first, so that a block's rows are contiguous and products copy nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from seqmodels.ops.documents import chunk_table, token_table
 from seqmodels.ops.registration import state_dtype
@@ -33,12 +35,12 @@ _SCORES = 1 << 19  # elements of one group of blocks
 
 
 class _Blocks(NamedTuple):
-    """Row numbers: ``query`` (T, C) into the grid, ``key`` (T, S) into grid and rings; what of it is there."""
+    """Row numbers: ``query`` (T, C) into the grid, ``key`` (T, S) into grid and rings; a zero row behind the last one
+    stands for what is not there. ``key_there`` (T, S) is False for those."""
 
     query: Tensor
     key: Tensor
-    query_valid: Tensor
-    key_valid: Tensor
+    key_there: Tensor
 
 
 def forward(
@@ -56,25 +58,26 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch_size, length, heads, _ = q.shape
-    exact, groups = state_dtype(q.dtype), k.shape[2]
+    tokens, groups = batch_size * length, k.shape[2]
     blocks = _blocks(q, position, starts, lengths, window)
+    queries, before = _rows(q).mul_(scale), _rows(past)
     keys, values = _rows(k, key_cache), _rows(v, value_cache)
-    flat_q, flat_past = q.flatten(0, 1), past.flatten(0, 1)
-    factor = factor.to(exact).view(groups, -1, 1, 1)
-    # Tokens outside documents go to a row behind the grid.
-    y = q.new_zeros((batch_size * length + 1, heads, v.shape[-1]))
-    divisor = torch.ones(y.shape[:2], dtype=exact, device=q.device)
+    factor = factor.to(queries.dtype).view(groups, 1, -1, 1, 1)
+    # The row behind the grid takes what blocks have beyond their documents.
+    y = queries.new_zeros((heads, tokens + 1, v.shape[-1]))
+    divisor = queries.new_ones((heads, tokens + 1))
     for part in _groups(blocks, heads):
-        weights = _weights(flat_q, keys, part, groups, window, scale)
-        before = _queries(flat_past, part, groups)
-        total = factor * weights.sum(-1, keepdim=True) + before[..., -1:] + _TINY
-        mixed = weights.flatten(2, 3) @ _keys(values, part, exact)
-        out = (factor * mixed.view(*weights.shape[:4], -1) + before[..., :-1]) / total
-        rows = torch.where(part.query_valid, part.query, batch_size * length).flatten()
-        y.index_copy_(0, rows, _tokens(out).to(y.dtype))
-        divisor.index_copy_(0, rows, _tokens(total)[..., 0])
-    shape = (batch_size, length, heads)
-    return y[:-1].view(*shape, -1), divisor[:-1].view(shape)
+        weights = _weights(queries, keys, part, groups, window)
+        past_part = _take(before, part.query, groups)
+        total = factor * weights.sum(-1, keepdim=True) + past_part[..., -1:] + _TINY
+        mixed = (weights.flatten(2, 3) @ _take(values, part.key)).view_as(past_part[..., :-1])
+        out = torch.addcmul(past_part[..., :-1], factor, mixed).div_(total)
+        rows = part.query.flatten()
+        y.index_copy_(1, rows, _by_head(out))
+        divisor.index_copy_(1, rows, _by_head(total).squeeze(-1))
+    # What no block wrote stays as it was made: 0 / 1 outside documents.
+    y, divisor = (x[:, :-1].transpose(0, 1).contiguous() for x in (y, divisor))
+    return y.view(batch_size, length, heads, -1).to(q.dtype), divisor.view(batch_size, length, heads)
 
 
 def backward(
@@ -95,55 +98,56 @@ def backward(
     divisor: Tensor,
 ) -> tuple[Tensor, ...]:
     batch_size, length, heads, _ = q.shape
-    exact, groups = state_dtype(q.dtype), k.shape[2]
+    tokens, groups = batch_size * length, k.shape[2]
     blocks = _blocks(q, position, starts, lengths, window)
-    keys, values = _rows(k, key_cache), _rows(v, value_cache)
-    flat_q = q.flatten(0, 1)
+    queries, keys, values = _rows(q).mul_(scale), _rows(k, key_cache), _rows(v, value_cache)
     grad_past = _gradient_to_past(grad, y, divisor, starts, lengths)
-    per_head = factor.to(exact).view(groups, -1, 1, 1)
-    grad_q = q.new_zeros((batch_size * length + 1, *q.shape[2:]))
-    grad_keys, grad_values = (torch.zeros(rows.shape, dtype=exact, device=q.device) for rows in (keys, values))
-    grad_factor = torch.zeros(per_head.shape[:2], dtype=exact, device=q.device)
+    outer_rows = _rows(grad_past)
+    per_head = factor.to(queries.dtype).view(groups, 1, -1, 1, 1)
+    grad_q, grad_keys, grad_values = (torch.zeros_like(rows) for rows in (queries, keys, values))
+    grad_factor = torch.zeros_like(per_head)
     for part in _groups(blocks, heads):
-        weights = _weights(flat_q, keys, part, groups, window, scale)
-        outer = _queries(grad_past, part, groups).masked_fill_(~part.query_valid[:, None, None, :, None], 0)
-        wide = weights.flatten(2, 3)
-        slope = (outer[..., :-1].flatten(2, 3) @ _keys(values, part, exact).transpose(-1, -2)).view_as(weights)
-        slope = slope.add_(outer[..., -1:]).mul_(weights)
-        total = slope.sum(-1, keepdim=True)
-        grad_factor += total.sum((0, 3, 4))
+        weights = _weights(queries, keys, part, groups, window)
+        outer = _take(outer_rows, part.query, groups)
+        block_keys, block_values = _take(keys, part.key), _take(values, part.key)
+        numerator = outer[..., :-1] * per_head
+        _add(grad_values, part.key, weights.flatten(2, 3).transpose(-1, -2) @ numerator.flatten(2, 3))
         # weight 1 is e^0: the largest score of the row, or several that are equal
         top = weights == 1
-        slope = slope.sub_(top * (total / top.sum(-1, keepdim=True).clamp_min(1))).mul_(per_head)
-        rows = torch.where(part.query_valid, part.query, batch_size * length).flatten()
-        found = (slope.flatten(2, 3) @ _keys(keys, part, exact)).mul_(scale)
-        grad_q.index_copy_(0, rows, _tokens(found.view(*weights.shape[:4], -1)).to(q.dtype))
-        queries = _queries(flat_q, part, groups).masked_fill_(~part.query_valid[:, None, None, :, None], 0)
-        queries = queries.flatten(2, 3)
-        _add(grad_keys, part, (slope.flatten(2, 3).transpose(-1, -2) @ queries).mul_(scale))
-        _add(grad_values, part, wide.transpose(-1, -2) @ (outer[..., :-1] * per_head).flatten(2, 3))
-    tokens = batch_size * length
+        slope = (outer[..., :-1].flatten(2, 3) @ block_values.transpose(-1, -2)).view_as(weights)
+        slope = slope.add_(outer[..., -1:]).mul_(weights)
+        total = slope.sum(-1, keepdim=True)
+        grad_factor += total.sum((1, 3), keepdim=True)
+        slope = slope.sub_(top * (total / top.sum(-1, keepdim=True))).mul_(per_head)
+        found = (slope.flatten(2, 3) @ block_keys).view(*weights.shape[:4], -1).mul_(scale)
+        grad_q.index_copy_(1, part.query.flatten(), _by_head(found))
+        block_queries = _take(queries, part.query, groups).flatten(2, 3)
+        _add(grad_keys, part.key, slope.flatten(2, 3).transpose(-1, -2) @ block_queries)
+
+    def of_tokens(rows: Tensor, like: Tensor) -> Tensor:
+        return rows[:, :tokens].transpose(0, 1).to(like.dtype).reshape(like.shape)
+
     return (
-        grad_q[:-1].view_as(q),
-        grad_keys[:tokens].view(k.shape).to(k.dtype),
-        grad_values[:tokens].view(v.shape).to(v.dtype),
-        grad_past.view(past.shape).to(past.dtype),
+        of_tokens(grad_q, q),
+        of_tokens(grad_keys, k),
+        of_tokens(grad_values, v),
+        grad_past.to(past.dtype),
         grad_factor.flatten().to(factor.dtype),
-        _cache_gradient(grad_keys[tokens:], key_cache, q),
-        _cache_gradient(grad_values[tokens:], value_cache, q),
+        _of_rings(grad_keys, key_cache, tokens),
+        _of_rings(grad_values, value_cache, tokens),
     )
 
 
 def _gradient_to_past(
     grad: Tensor, y: Tensor, divisor: Tensor, starts: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """[dn, dz] (tokens, heads, P + 1), zero outside documents."""
+    """[dn, dz] (batch, length, heads, P + 1), zero outside documents."""
     numerator = grad.to(divisor.dtype) / divisor.unsqueeze(-1)
     if starts is not None and lengths is not None:
         valid = token_table(starts, lengths, *grad.shape[:2]).valid
         numerator = numerator.masked_fill_(~valid[..., None, None], 0)
     normaliser = -(numerator * y.to(divisor.dtype)).sum(-1, keepdim=True)
-    return torch.cat([numerator, normaliser], dim=-1).flatten(0, 1)
+    return torch.cat([numerator, normaliser], dim=-1)
 
 
 def _blocks(q: Tensor, position: Tensor | None, starts: Tensor | None, lengths: Tensor | None, window: int) -> _Blocks:
@@ -151,19 +155,20 @@ def _blocks(q: Tensor, position: Tensor | None, starts: Tensor | None, lengths: 
     if starts is None or lengths is None:
         starts = torch.arange(batch_size, device=q.device) * length
         lengths = torch.full_like(starts, length)
-    size = min(max(window, _SMALLEST_BLOCK), length)
-    table = chunk_table(starts, lengths, batch_size * length, size)
-    first = table.token[:, :1] - starts[table.document][:, None]
-    used = table.valid[:, :1]
+    tokens, size = batch_size * length, min(max(window, _SMALLEST_BLOCK), length)
+    table = chunk_table(starts, lengths, tokens, size)
+    query = torch.where(table.valid, table.token, tokens)
+    document, used = table.document[:, None], table.valid[:, :1]
+    first = table.token[:, :1] - starts[document]
     at = first + torch.arange(1 - window, size, device=q.device)  # in the document; negative before these tokens
-    inside = (at >= 0) & (at < lengths[table.document][:, None]) & used
-    row = starts[table.document][:, None] + at
+    inside = (at >= 0) & (at < lengths[document]) & used
     if position is None:
-        return _Blocks(table.token, row * inside, table.valid, inside)
-    absolute = at + position[table.document][:, None]
+        return _Blocks(query, torch.where(inside, starts[document] + at, tokens), inside)
+    absolute = at + position[document]
     earlier = (at < 0) & (absolute >= 0) & used
-    ring = batch_size * length + table.document[:, None] * window + absolute % window
-    return _Blocks(table.token, torch.where(earlier, ring, row * inside), table.valid, inside | earlier)
+    nothing = tokens + starts.shape[0] * window
+    row = torch.where(earlier, tokens + document * window + absolute % window, nothing)
+    return _Blocks(query, torch.where(inside, starts[document] + at, row), inside | earlier)
 
 
 def _groups(blocks: _Blocks, heads: int) -> Iterator[_Blocks]:
@@ -172,53 +177,50 @@ def _groups(blocks: _Blocks, heads: int) -> Iterator[_Blocks]:
         yield _Blocks(*(table[begin : begin + count] for table in blocks))
 
 
-def _weights(q: Tensor, keys: Tensor, part: _Blocks, groups: int, window: int, scale: float) -> Tensor:
-    """e^{s - c} (T, G, r, C, S), zero where not visible."""
-    queries = _queries(q, part, groups)
-    scores = (queries.flatten(2, 3) @ _keys(keys, part, queries.dtype).transpose(-1, -2)).mul_(scale)
-    scores = scores.view(*queries.shape[:4], -1)
+def _weights(queries: Tensor, keys: Tensor, part: _Blocks, groups: int, window: int) -> Tensor:
+    """e^{s - c} (G, T, r, C, S), zero where not visible."""
+    block_queries = _take(queries, part.query, groups)
+    scores = block_queries.flatten(2, 3) @ _take(keys, part.key).transpose(-1, -2)
+    scores = scores.view(*block_queries.shape[:4], -1)
     size, span = scores.shape[-2:]
-    offset = torch.arange(span, device=q.device) - torch.arange(size, device=q.device)[:, None]
-    visible = (offset >= 0) & (offset < window) & part.key_valid[:, None] & part.query_valid[..., None]
-    scores = scores.masked_fill_(~visible[:, None, None], float("-inf"))
-    largest = scores.amax(-1, keepdim=True).masked_fill_(~part.query_valid[:, None, None, :, None], 0)
-    return scores.sub_(largest).exp_()
+    offset = torch.arange(span, device=scores.device) - torch.arange(size, device=scores.device)[:, None]
+    # Every query sees the last key, its own, one that is not there a row of zeros: no row is empty.
+    own = offset == window - 1
+    visible = own | ((offset >= 0) & (offset < window) & part.key_there[:, None])
+    hide = torch.zeros(visible.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~visible, float("-inf"))
+    scores = scores.add_(hide[:, None])
+    return scores.sub_(scores.amax(-1, keepdim=True)).exp_()
 
 
-def _rows(new: Tensor, cache: Tensor | None) -> Tensor:
-    """(tokens, G, width), the rings' slots behind the grid's tokens."""
-    flat = new.flatten(0, 1)
-    return flat if cache is None else torch.cat([flat, cache.transpose(1, 2).flatten(0, 1)])
+def _rows(new: Tensor, cache: Tensor | None = None) -> Tensor:
+    """(heads, rows, width), wide: the grid's tokens, the rings' slots behind them, a row of zeros last."""
+    dtype = state_dtype(new.dtype)
+    rows = new.flatten(0, 1).transpose(0, 1).to(dtype)
+    if cache is not None:
+        rows = torch.cat([rows, cache.transpose(0, 1).flatten(1, 2).to(dtype)], dim=1)
+    return pad(rows, (0, 0, 0, 1))
 
 
-def _keys(rows: Tensor, part: _Blocks, dtype: torch.dtype) -> Tensor:
-    """(T, G, S, width)."""
-    found = rows.index_select(0, part.key.flatten()).to(dtype)
-    found = found.view(*part.key.shape, *rows.shape[1:]).masked_fill(~part.key_valid[..., None, None], 0)
-    return found.transpose(1, 2)
+def _take(rows: Tensor, index: Tensor, groups: int | None = None) -> Tensor:
+    """Rows (T, n) of each head: (G, T, n, width), or (G, T, r, n, width) for r query heads in each of ``groups``."""
+    found = rows.index_select(1, index.flatten()).view(rows.shape[0], *index.shape, rows.shape[-1])
+    return found if groups is None else found.unflatten(0, (groups, -1)).transpose(1, 2)
 
 
-def _queries(rows: Tensor, part: _Blocks, groups: int) -> Tensor:
-    """(T, G, r, C, width), wide."""
-    found = rows.index_select(0, part.query.flatten()).to(state_dtype(rows.dtype))
-    count, size = part.query.shape
-    return found.view(count, size, groups, -1, rows.shape[-1]).permute(0, 2, 3, 1, 4)
+def _by_head(x: Tensor) -> Tensor:
+    """(G, T, r, C, width) to (H, T C, width)."""
+    return x.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """(T, G, r, C, width) to (T C, H, width)."""
-    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _add(total: Tensor, part: _Blocks, found: Tensor) -> None:
-    """Adds (T, G, S, width) to the rows it came from. A key stands in at most two blocks, so that the order of
+def _add(total: Tensor, index: Tensor, found: Tensor) -> None:
+    """Adds (G, T, S, width) to the rows it came from. A key stands in at most two blocks, so that the order of
     the sum cannot matter."""
-    total.index_add_(0, part.key.flatten(), found.transpose(1, 2).flatten(0, 1))
+    total.index_add_(1, index.flatten(), found.flatten(1, 2))
 
 
-def _cache_gradient(rows: Tensor, cache: Tensor | None, q: Tensor) -> Tensor:
+def _of_rings(rows: Tensor, cache: Tensor | None, tokens: int) -> Tensor:
+    """The gradient of rings (documents, G, window, width), in memory of its own."""
     if cache is None:
-        return q.new_empty(0)
-    documents, groups, window, width = cache.shape
-    # A copy: the rows are a part of the buffer that the tokens' gradient is returned in.
-    return rows.view(documents, window, groups, width).transpose(1, 2).to(cache.dtype, copy=True)
+        return rows.new_empty(0)
+    found = rows[:, tokens:-1].unflatten(1, (cache.shape[0], cache.shape[2])).transpose(0, 1)
+    return found.to(cache.dtype, copy=True, memory_format=torch.contiguous_format)
