@@ -86,8 +86,8 @@ def _locality(runs: list[Finished]) -> Iterator[str]:
     control = max(local, key=lambda arm: statistics.mean(scores[arm]))
     best, mean = max(scores[control]), statistics.mean(scores[control])
     yield (
-        f"Locality: the local controls see a short neighbourhood only. The best of them is {control}; what others have "
-        "beyond it cannot be short-range."
+        f"Locality: the local controls see a short neighbourhood only. The best of them is {control}: what another "
+        "model has beyond it is not short-range structure that this control could learn."
     )
     yield ""
     rows = (
@@ -120,7 +120,7 @@ def _draw(task: str, runs: list[Finished], path: Path) -> None:
     axes.set(title=task, xlabel="epoch", ylabel="accuracy, % (validation; dashed: test)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
