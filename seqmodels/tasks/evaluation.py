@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
+from seqmodels.layout import Layout
 from seqmodels.ops.linear_cross_entropy import IGNORE_INDEX
 from seqmodels.tasks.token_cache import TokenCache
 
@@ -22,9 +23,9 @@ class TextScore(NamedTuple):
     """A language model's result on a set of documents.
 
     Attributes:
-        nats: code length of all documents, their ends included.
+        nats: code length of all documents, their ends included; of what follows the prefixes, where there are some.
         tokens: predicted tokens.
-        text_bytes: bytes of the texts.
+        text_bytes: bytes of the predicted text; with prefixes, at the texts' mean number of bytes a token.
         seconds: wall time.
     """
 
@@ -63,10 +64,18 @@ def score_documents(
     on; a lane whose document has ended takes the next one with a fresh state. Context is therefore
     never cut, and memory does not depend on the documents' lengths (except for full attention).
 
+    A prefix model reads the first ``prefix_length`` tokens of each document in both directions; they are context
+    and not scored, so its numbers compare with those of models that were scored behind the same prefixes only.
+
     Args:
         documents: indices into ``cache``.
         progress: called with (tokens done, tokens in all) after each window.
+
+    Raises:
+        ValueError: a prefix model without prefix length, a window that does not hold its prefix, or no document
+            that is longer.
     """
+    prefix = _prefix_length(model, window)
     device = next(model.parameters()).device
     sizes = np.diff(cache.offsets)[documents]
     waiting = [int(documents[i]) for i in np.argsort(sizes, kind="stable")]  # longest taken first
@@ -74,7 +83,7 @@ def score_documents(
     longest = -(-int(sizes.max()) // window) * window  # a lane reads whole windows, padding included
     lanes: list[tuple[int, int]] = []  # (document, tokens read)
     state = None
-    nats, done = torch.zeros((), dtype=torch.float64, device=device), 0
+    nats, done, scored = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     model.eval()
     begin = time.perf_counter()
     while waiting or lanes:
@@ -90,8 +99,16 @@ def score_documents(
         for row, piece in enumerate(pieces):
             tokens[row, : len(piece) - 1] = torch.from_numpy(piece[:-1])
             targets[row, : len(piece) - 1] = torch.from_numpy(piece[1:])
-        output = model.loss(tokens.to(device), targets.to(device), state=state, return_state=True)
+        layout = None
+        if prefix:
+            pairs = zip(lanes, pieces, strict=True)
+            prefixes = [min(prefix, len(piece) - 1) if read == 0 else 0 for (_, read), piece in pairs]
+            layout = Layout.full(len(lanes), length, prefix_lengths=prefixes, device=device)
+            for row, size in enumerate(prefixes):
+                targets[row, :size] = IGNORE_INDEX
+        output = model.loss(tokens.to(device), targets.to(device), state=state, layout=layout, return_state=True)
         nats += output.cross_entropy.double()
+        scored += int((targets != IGNORE_INDEX).sum())
         done += sum(len(piece) - 1 for piece in pieces)
         # What is read past a document's end is padding: that lane's state is dropped here.
         lanes = [(document, read + window) for document, read in lanes]
@@ -101,4 +118,19 @@ def score_documents(
         state = output.state.select(torch.tensor(going, device=device)) if going else None
         if progress is not None:
             progress(done, total)
-    return TextScore(float(nats), total, int(cache.text_bytes[documents].sum()), time.perf_counter() - begin)
+    if not scored:
+        raise ValueError(f"no document is longer than the model's prefix_length={prefix}; there is nothing to score")
+    text_bytes = int(cache.text_bytes[documents].sum())
+    return TextScore(float(nats), scored, round(text_bytes * scored / total), time.perf_counter() - begin)
+
+
+def _prefix_length(model: LanguageModel, window: int) -> int:
+    """Tokens of each document that are read in both directions; 0 for a causal model."""
+    if model.config.objective != "prefix":
+        return 0
+    prefix = model.config.prefix_length
+    if prefix is None:
+        raise ValueError("the model's objective is 'prefix' but its prefix_length is null; set it to score text")
+    if prefix > window:
+        raise ValueError(f"window={window} does not hold the model's prefix_length={prefix}; raise window")
+    return prefix

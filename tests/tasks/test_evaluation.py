@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from seqmodels import Layout
 from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.tasks.corpus import Document
 from seqmodels.tasks.evaluation import score_documents
@@ -67,3 +68,30 @@ def test_a_part_of_the_documents_and_progress(model, cache):
         assert score.nats == pytest.approx(alone(model, cache, [1, 4]), rel=1e-9)
     assert seen[-1] == (180, 180)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize(("window", "batch_size"), [(16, 3), (12, 7), (1000, 2)])
+def test_prefix_models_are_scored_behind_their_prefix(cache, window, batch_size):
+    torch.manual_seed(0)
+    layers = {"prefix_linear_attention": {"num_heads": 2, "feature_dim": 4}}
+    config = ModelConfig(
+        vocab_size=256, d_model=16, pattern="gated_conv prefix_linear_attention", layers=layers,
+        objective="prefix", prefix_length=12,
+    )  # fmt: skip
+    model = LanguageModel(config, dtype=torch.float64)
+    nats, count = 0.0, 0
+    with torch.no_grad():
+        for index in range(7):
+            tokens = torch.from_numpy(cache.document(index).astype(np.int64))
+            layout = Layout.full(1, len(tokens) - 1, prefix_lengths=[12])
+            logits = model(tokens[None, :-1], layout=layout).logits[0, 12:]
+            nats -= float(logits.log_softmax(-1).gather(1, tokens[13:, None]).sum())
+            count += len(tokens[13:])
+    score = score_documents(model, cache, np.arange(7), window=window, batch_size=batch_size)
+    assert score.nats == pytest.approx(nats, rel=1e-9)
+    assert score.tokens == count
+    assert score.text_bytes == round(sum(LENGTHS) * count / (sum(LENGTHS) + 7))
+    with pytest.raises(ValueError, match="window=8 does not hold the model's prefix_length=12"):
+        score_documents(model, cache, np.arange(7), window=8)
+    with pytest.raises(ValueError, match="no document is longer than the model's prefix_length=12"):
+        score_documents(model, cache, np.array([0, 3]), window=16)
