@@ -67,6 +67,9 @@ def hedgehog(
     from seqmodels.configuration import apply_overrides, convert, load_yaml
     from seqmodels.convert.files import ConversionError
 
+    kinds = ("hedgehog", "hedgehog_window", "softmax")
+    if kind not in (None, *kinds):
+        raise ConversionError(f"--kind is {kind!r}; expected one of {', '.join(kinds)}")
     values = {} if config is None else load_yaml(config)
     short = [f"{key}={value}" for key, value in (("data.source", data), ("attention.kind", kind)) if value is not None]
     values = apply_overrides({**values, "model": model}, [*short, *(overrides or [])])

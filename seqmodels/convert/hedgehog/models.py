@@ -194,7 +194,8 @@ def load_original(model: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"cannot read a model from {model!r}: {error}") from error
+        kind = "folder" if Path(model).is_dir() else "hub name, since there is no such folder"
+        raise ConversionError(f"cannot read a model from the {kind}, {model!r}: {error}") from error
     architectures = config.architectures or ["a model without architectures in its config.json"]
     check_convertible(config, architectures[0])
     auto = AutoModelForCausalLM if family_of(config).causal else AutoModelForMaskedLM

@@ -69,22 +69,27 @@ def convert_model(
     settings.check()
     final = check_new(out)
     work = open_work(final, settings, resume)
-    conversion = Conversion(settings, work, progress or Progress(None))
+    progress = progress or Progress(None)
     try:
+        conversion = Conversion(settings, work, progress)
         conversion.run()
         with new_folder(final) as folder:
             conversion.write(folder)
+    except BaseException:
+        if not list_checkpoints(work):  # nothing to go on from, and in the way of the next attempt
+            shutil.rmtree(work)
+        raise
     finally:
-        conversion.progress.close()
+        progress.close()
     shutil.rmtree(work)
     return conversion.summary()
 
 
 def open_work(final: Path, settings: ConversionSettings, resume: bool) -> Path:
-    """``OUT.partial`` with the settings in it."""
+    """``OUT.partial`` with the settings in it; one without a checkpoint is as good as none."""
     work = final.with_name(f"{final.name}.partial")
     path = work / "settings.yaml"
-    if path.exists():
+    if path.exists() and list_checkpoints(work):
         if not resume:
             raise ConversionError(
                 f"{work} holds an unfinished conversion; go on with it (--resume), delete it, or name another OUT"
