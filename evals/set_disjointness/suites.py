@@ -120,9 +120,9 @@ def both_orders(*sizes: tuple[int, int]) -> Sizes:
 SUITES = {
     "cpu": Suite(
         plan=Plan(
-            vocab_size=64,
-            train_sizes=both_orders((2, 24), (4, 24)),
-            test_sizes=both_orders((2, 24), (4, 24)),
+            vocab_size=32,
+            train_sizes=both_orders((2, 12), (4, 12)),
+            test_sizes=both_orders((2, 12), (4, 12)),
             steps=1500,
             batch_size=64,
             learning_rate=6e-3,
@@ -130,10 +130,10 @@ SUITES = {
             warmup_steps=100,
             test_count=1000,
         ),
-        attention_steps=2500,
+        attention_steps=1500,
         learning_rates=(6e-3,),
         d_model=(32,),
-        feature_dim=(2, 4, 8),
+        feature_dim=(1, 2, 4),
         seeds=2,
         pairs=2,
         mlp_expansion=0,
