@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -102,7 +104,9 @@ def _make_missing(
             done(len(shards), len(sizes))
     elif missing:
         # Not fork: the parent may have started threads, of which a forked child would wait for locks.
-        with ProcessPoolExecutor(min(jobs, len(missing)), multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            min(jobs, len(missing)), multiprocessing.get_context("spawn"), _end_with_parent
+        ) as pool:
             waiting = {pool.submit(_make, folder, maker, settings, shard, sizes[shard]): shard for shard in missing}
             try:
                 for future in as_completed(waiting):
@@ -111,6 +115,19 @@ def _make_missing(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: without this, one whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _separate(
@@ -255,7 +272,8 @@ def _make(
     examples = maker(settings, shard, size, refused)
     about = _about(examples, digest_of(examples))
     final = _path(folder, shard)
-    temporary = folder / f".writing-{final.name}"
+    # By process: a worker whose parent was killed may still write the shard that another one makes again.
+    temporary = folder / f".writing-{os.getpid()}-{final.name}"
     try:
         with open(temporary, "wb") as file:
             arrays = {name: getattr(examples, name) for name in _FIELDS}
