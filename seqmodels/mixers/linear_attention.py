@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_divides, check_positive
-from seqmodels.mixers.feature_maps import FEATURE_MAPS
+from seqmodels.mixers.feature_maps import FEATURE_MAPS, HedgehogExp, fused
+from seqmodels.ops.feature_attention import FeatureState, feature_attention, feature_attention_step
 from seqmodels.ops.linear_attention import linear_attention, linear_attention_step
 from seqmodels.ops.registration import state_dtype
 from seqmodels.state import State
@@ -22,6 +23,7 @@ _CHUNK = 64  # tokens, for the operation count
 
 class LinearAttentionState(State):
     matrix: Tensor  # (batch, heads, features, value_dim); one wider with the normaliser
+    log_scale: Tensor | None = None  # (batch, heads, features) for hedgehog_exp; see FeatureState
 
 
 class LinearAttention(Mixer):
@@ -42,7 +44,8 @@ class LinearAttention(Mixer):
         num_heads: heads.
         key_dim: width of a head's q and k before the feature map. Default: d_model / num_heads.
         value_dim: width of a head's v. Default: d_model / num_heads.
-        feature_map: a name in ``seqmodels.mixers.feature_maps.FEATURE_MAPS``. q and k have a map each.
+        feature_map: a name in ``seqmodels.mixers.feature_maps.FEATURE_MAPS``. q and k have a map each. The library's
+            own are computed inside the kernel; one of yours, or ``taylor_full``, in front of it.
         decay: ``"none"``; ``"fixed"``: head h forgets at the rate e^g = 1 - 2^(-5 - h) (RetNet,
             arXiv:2307.08621, section 2.3), capped at h = 7; ``"data_dependent"``: g_t =
             -softplus(w_h . x_t + b_h), b such that time scales start between 10 and 1000 tokens.
@@ -51,7 +54,8 @@ class LinearAttention(Mixer):
         gate: multiply the output by silu(W_g x).
         epsilon: added to the normaliser.
 
-    State: ``matrix`` (batch, heads, features, value_dim (+ 1 with ``normalize``)), float32.
+    State: ``matrix`` (batch, heads, features, value_dim (+ 1 with ``normalize``)), float32; ``log_scale`` (batch,
+    heads, features) with hedgehog_exp.
     """
 
     parameter_hints: ClassVar[dict[str, ParameterHint]] = {"decay_bias": ParameterHint(weight_decay=0.0)}
@@ -92,6 +96,11 @@ class LinearAttention(Mixer):
                 f"{name}: normalize=True divides by a sum of weights, which feature_map={feature_map!r} does not "
                 "keep positive; choose normalize=False (with output_norm=True to bound the output) or another map"
             )
+        if issubclass(make_map, HedgehogExp) and not (normalize and decay == "none"):
+            raise ValueError(
+                f"{name}: feature_map={feature_map!r} needs normalize=True and decay='none', since its scale cancels "
+                "in a mean of all tokens only; choose hedgehog_split or hedgehog_joint"
+            )
         self.decay, self.normalize, self.epsilon = decay, normalize, epsilon
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
         self.q_proj = nn.Linear(d_model, keys, bias=False)
@@ -128,24 +137,43 @@ class LinearAttention(Mixer):
         if state is not None:
             self.check_state(state, x.shape[0] if layout is None else layout.num_documents)
         q, k, v, log_decay = self._project(x)
-        y, final = linear_attention(
-            q, k, v, log_decay,
-            initial_state=None if state is None else state.matrix,
-            normalize=self.normalize, epsilon=self.epsilon, layout=layout,
-        )  # fmt: skip
-        return MixerOutput(self._output(y, x), LinearAttentionState(final) if return_state else None, {})
+        if self.query_map.op is None:
+            y, final = linear_attention(
+                self.query_map(q).to(v.dtype), self.key_map(k).to(v.dtype), v, log_decay,
+                initial_state=None if state is None else state.matrix,
+                normalize=self.normalize, epsilon=self.epsilon, layout=layout,
+            )  # fmt: skip
+            after = LinearAttentionState(final)
+        else:
+            q, k, options = self._fused(q, k)
+            before = None if state is None else FeatureState(state.matrix, state.log_scale)
+            y, final = feature_attention(q, k, v, log_decay=log_decay, initial_state=before, layout=layout, **options)
+            after = LinearAttentionState(final.matrix, final.log_scale)
+        return MixerOutput(self._output(y, x), after if return_state else None, {})
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: LinearAttentionState) -> Tensor:
         q, k, v, log_decay = self._project(x_t)
-        y = linear_attention_step(q, k, v, log_decay, state.matrix, normalize=self.normalize, epsilon=self.epsilon)
+        if self.query_map.op is None:
+            q, k = self.query_map(q).to(v.dtype), self.key_map(k).to(v.dtype)
+            y = linear_attention_step(q, k, v, log_decay, state.matrix, normalize=self.normalize, epsilon=self.epsilon)
+        else:
+            q, k, options = self._fused(q, k)
+            carried = FeatureState(state.matrix, state.log_scale)
+            y = feature_attention_step(q, k, v, carried, log_decay=log_decay, **options)
         return self._output(y, x_t)
 
+    def _fused(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """q, k and the options by which the fused op applies this layer's maps."""
+        q, k, options = fused(self.query_map, self.key_map, q, k)
+        exponential = isinstance(self.query_map, HedgehogExp)  # its divisor cannot vanish: no epsilon
+        return q, k, {**options, "normalize": self.normalize, "epsilon": None if exponential else self.epsilon}
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(..., d_model) to q, k (..., heads, features), v (..., heads, value_dim), log decay (..., heads)."""
+        """(..., d_model) to q, k (..., heads, key_dim), v (..., heads, value_dim), log decay (..., heads)."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_heads, self.key_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
-        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim))).to(v.dtype)
-        k = self.key_map(self.k_proj(x).unflatten(-1, (self.num_heads, self.key_dim))).to(v.dtype)
         if self.decay == "none":
             return q, k, v, None
         dtype = state_dtype(x.dtype)  # decays stay out of half precision
@@ -173,14 +201,16 @@ class LinearAttention(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LinearAttentionState:
-        weight = self.q_proj.weight
-        return LinearAttentionState(
-            torch.zeros(
-                (batch_size, self.num_heads, self.query_map.output_dim, self.value_dim + int(self.normalize)),
-                device=weight.device if device is None else device,
-                dtype=state_dtype(dtype or weight.dtype),
-            )
+        weight, query_map = self.q_proj.weight, self.query_map
+        like = torch.empty(0, device=weight.device if device is None else device, dtype=dtype or weight.dtype)
+        if query_map.op is None:
+            shape = (batch_size, self.num_heads, query_map.output_dim, self.value_dim + int(self.normalize))
+            return LinearAttentionState(like.new_zeros(shape, dtype=state_dtype(like.dtype)))
+        width = getattr(query_map, "feature_dim", self.key_dim)
+        empty = FeatureState.empty(
+            like, batch_size, self.num_heads, width, self.value_dim, query_map.op, self.normalize
         )
+        return LinearAttentionState(empty.matrix, empty.log_scale)
 
     def flops(self, length: int) -> int:
         features, width = self.query_map.output_dim, self.value_dim + int(self.normalize)

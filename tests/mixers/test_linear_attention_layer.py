@@ -20,12 +20,12 @@ def attention_weights(layer: LinearAttention, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bihn,bjhn->bhij", q, k).tril()
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "relu", "taylor"])
+@pytest.mark.parametrize("feature_map", [name for name in FEATURE_MAPS.shipped() if FEATURE_MAPS[name].nonnegative])
 def test_normalised_is_a_weighted_mean(feature_map):
     layer = LinearAttention(8, num_heads=2, feature_map=feature_map).double()
     x = torch.randn(2, 11, 8, dtype=torch.float64)
     weights = attention_weights(layer, x)
-    weights = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+    weights = weights / (weights.sum(-1, keepdim=True) + (0 if feature_map == "hedgehog_exp" else 1e-6))
     v = layer.v_proj(x).unflatten(-1, (2, 4))
     y = torch.einsum("bhij,bjhp->bihp", weights, v).flatten(-2)
     torch.testing.assert_close(layer(x).y, layer.out_proj(y), rtol=1e-10, atol=1e-10)
@@ -97,6 +97,8 @@ def test_flops_count_matrix_products():
         (dict(num_heads=2, decay="learned"), "decay is 'learned'"),
         (dict(num_heads=2, feature_map="identity"), "choose normalize=False"),
         (dict(num_heads=2, epsilon=0.0), "epsilon is 0.0"),
+        (dict(num_heads=2, feature_map="hedgehog_exp", decay="fixed"), "needs normalize=True and decay='none'"),
+        (dict(num_heads=2, feature_map="hedgehog_exp", normalize=False), "needs normalize=True and decay='none'"),
     ],
 )
 def test_bad_arguments(arguments, message):
