@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "retention": dict(num_heads=2, key_dim=4, value_dim=6, decay="fixed", normalize=False, gate=True),
         "normalised output": dict(num_heads=2, feature_map="relu", output_norm=True),
         "gated": dict(num_heads=2, decay="data_dependent"),
+        "map in front": dict(num_heads=2, feature_map="taylor_full", key_dim=3, decay="fixed"),
     },
     "prefix_linear_attention": {
         "plain": dict(num_heads=2, feature_dim=4),
@@ -53,7 +54,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
         ),
         "tied unnormalised": dict(num_heads=2, feature_map="hedgehog_joint_doubled", normalize=False, tied=True),
         "bidirectional": dict(num_heads=4, num_kv_heads=1, bidirectional=True, rotary_fraction=0.5),
-        "bidirectional relu": dict(num_heads=2, feature_map="t2r", init="kaiming", map_bias=True, bidirectional=True),
     },
     "hedgehog_window": {
         "plain": dict(num_heads=2, window=6),
@@ -62,7 +62,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
             linear_factor="complement", bias=True,
         ),
         "wide": dict(num_heads=2, window=64, feature_map="taylor"),
-        "one token": dict(num_heads=2, window=1, feature_map="elu"),
     },
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
     "mamba2": {
@@ -96,6 +95,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "bidirectional": dict(d_state=8, bidirectional=True, activation="full_glu", real_part="clip", rate=2.0),
     },
     "hydra_diag": {"plain": dict()},
+    "chunk_moe": {
+        "plain": dict(num_experts=4, experts_per_token=2, d_hidden=8, chunk_size=4),
+        "by token": dict(num_experts=3, experts_per_token=1, d_hidden=6, chunk_size=1, balance="bias", z_weight=0.0),
+    },
     "swiglu": {"plain": dict(multiple_of=8)},
     "glu": {"plain": dict(), "half": dict(gate="half_glu2")},
     "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},

@@ -16,6 +16,7 @@ CHANNELS = Registry(
     {
         "swiglu": "seqmodels.channel.swiglu:SwiGLU",
         "mlp": "seqmodels.channel.mlp:MLP",
+        "chunk_moe": "seqmodels.channel.chunk_moe:ChunkMoE",
         "glu": "seqmodels.channel.glu:GLU",
     },
 )

@@ -83,6 +83,9 @@ class Mixer(nn.Module):
         the whole state as it was. Layers whose state is not bounded by a length keep this.
         """
 
+    def after_optimizer_step(self) -> None:
+        """Called by the training loop after each optimiser step, for layers that adapt by other means than a gradient."""
+
     def init_state(
         self,
         batch_size: int,

@@ -76,3 +76,54 @@ def chunk_table(starts: Tensor, lengths: Tensor, num_tokens: int, chunk_size: in
     valid = used[:, None] & (position < lengths[document][:, None])
     token = (starts[document][:, None] + position) * valid
     return ChunkTable(token, valid, document, ~used | (index_in_document == 0), (ends - 1) * (counts > 0))
+
+
+class AlignedBlocks(NamedTuple):
+    """Documents cut at positions 0, S, 2S, ... counted from their first token ever, T blocks in document order.
+
+    A document that goes on inside a block begins here with the rest of it, and the slots before are the past.
+
+    Attributes:
+        token: (T, S) flat index ``row * length + column`` of each slot's token; -1 where it is not among these.
+        position: (T, S) position in the document, of the past too; 0 behind the document's end.
+        filled: (T, S) False behind the document's end and in unused blocks.
+        document: (T,) slot of the block's document; 0 in unused blocks.
+        used: (T,) False for spare blocks.
+        first: (T,) True where a block is its document's first here (and in unused blocks).
+        last: (documents,) each document's last block here; 0 for empty documents.
+        block_of_token: (batch * length,) the row of each token, -1 on padding.
+    """
+
+    token: Tensor
+    position: Tensor
+    filled: Tensor
+    document: Tensor
+    used: Tensor
+    first: Tensor
+    last: Tensor
+    block_of_token: Tensor
+
+
+def aligned_blocks(
+    starts: Tensor | None, lengths: Tensor | None, seen: Tensor, batch_size: int, length: int, block: int
+) -> AlignedBlocks:
+    """Cuts documents at multiples of ``block``; ``seen`` (documents,) int64 tokens of each came before.
+
+    There are batch * length // block + 2 * documents rows, which always suffices.
+    """
+    tokens, device = batch_size * length, seen.device
+    if starts is None or lengths is None:
+        starts = torch.arange(batch_size, device=device) * length
+        lengths = torch.full_like(starts, length)
+    # A document that goes on is given the tokens it lacks at the front of its first block.
+    offset = seen % block * (lengths > 0)
+    chunks = chunk_table(starts - offset, lengths + offset, tokens + starts.shape[0] * block, block)
+    index = chunks.token - starts[chunks.document][:, None]  # among the new tokens, negative for the past
+    position = torch.where(chunks.valid, index + seen[chunks.document][:, None], 0)
+    token = torch.where(chunks.valid & (index >= 0), chunks.token, -1)
+    row = torch.arange(token.shape[0], device=device)[:, None].expand_as(token)
+    block_of_token = torch.full((tokens + 1,), -1, device=device)  # one more, for the slots without a token
+    block_of_token = block_of_token.scatter(0, torch.where(token < 0, tokens, token).flatten(), row.flatten())[:-1]
+    return AlignedBlocks(
+        token, position, chunks.valid, chunks.document, chunks.valid.any(1), chunks.first, chunks.last, block_of_token
+    )

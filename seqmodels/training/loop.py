@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from seqmodels.configuration import ConfigError, dump_yaml
+from seqmodels.mixers.base import Mixer
 from seqmodels.models import LanguageModel
 from seqmodels.tasks.text import PackedText, TextBatch
 from seqmodels.training.checkpoint import (
@@ -104,6 +105,7 @@ class Trainer:
             objective.compile()
         self.objective = parallelize(objective, list(self.model.backbone.blocks), config.parallel, here)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self._layers = [layer for layer in self.model.modules() if isinstance(layer, Mixer)]
         # Dropout differs from process to process; the weights above do not.
         torch.manual_seed(config.seed * 1_000_003 + here.rank)
 
@@ -165,6 +167,8 @@ class Trainer:
         set_learning_rate(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for layer in self._layers:
+            layer.after_optimizer_step()
         self.step += 1
         return losses, norm_value
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqmodels.ops.documents import chunk_table
+from seqmodels.ops.documents import AlignedBlocks, aligned_blocks
 
 
 class _Lists(NamedTuple):
@@ -38,14 +38,8 @@ def forward(
         lengths = torch.full_like(starts, length)
     documents = starts.shape[0]
     seen = torch.zeros_like(starts) if carried_position is None else carried_position
-    # A document that goes on begins inside a block: its first block is made whole by tokens of the past.
-    offset = seen % block * (lengths > 0)
-    chunks = chunk_table(starts - offset, lengths + offset, tokens + documents * block, block)
-    document = chunks.document
-    used = chunks.valid.any(1)
-    behind = chunks.token - starts[document][:, None]  # index among the new tokens, negative for the past
-    is_new = chunks.valid & (behind >= 0)
-    position = torch.where(chunks.valid, behind + seen[document][:, None], 0)
+    blocks = aligned_blocks(starts, lengths, seen, batch_size, length, block)
+    document, position = blocks.document, blocks.position
     ring = tokens + documents * window  # where globals begin in the universe
 
     def source_of(place: Tensor, allowed: Tensor) -> Tensor:
@@ -59,17 +53,20 @@ def forward(
 
     first_place = position[:, :1]  # every used block has its first slot
     reach = first_place + torch.arange(1 - window, block, device=device)
-    local_source = source_of(reach, used[:, None])
+    local_source = source_of(reach, blocks.used[:, None])
 
     if num_globals == 0:
-        none = starts.new_zeros(chunks.token.shape[0], 0)
+        none = starts.new_zeros(blocks.token.shape[0], 0)
         final = starts.new_zeros(documents, 0)
         # The outputs of an op share no memory.
-        return torch.where(is_new, chunks.token, -1), position, local_source, none, none.clone(), final, final.clone()
-    own = _own_lists(scores, recent_score, seen, chunks.valid, chunks.token, document, position, source_of, num_globals)
+        return blocks.token, position, local_source, none, none.clone(), final, final.clone()
+    own = _own_lists(
+        scores, recent_score, seen, blocks.filled, blocks.token, document, position, source_of, num_globals
+    )
     if global_score is None or global_position is None:
         worst = scores.new_full((documents, num_globals), float("-inf"))
-        start = _Lists(worst, *(starts.new_full(worst.shape, -1) for _ in range(2)))
+        nobody = starts.new_full(worst.shape, -1)
+        start = _Lists(worst, nobody, nobody)
     else:
         slots = torch.arange(documents * num_globals, device=device).view(documents, num_globals)
         empty = global_position < 0
@@ -78,39 +75,36 @@ def forward(
             (ring + slots).masked_fill(empty, -1),
             global_position,
         )
-    through = _scan(own, start, chunks.first, document, num_globals)
+    through = _scan(own, start, blocks.first, document, num_globals)
     before = _rows(through, torch.arange(-1, own.score.shape[0] - 1, device=device).clamp_min(0))
-    before = _choose(chunks.first, _rows(start, document), before)
+    before = _choose(blocks.first, _rows(start, document), before)
     # The final lists: behind the last whole block, or the lists in front of a document's only, open block.
     open_end = (seen + lengths) % block > 0
-    last_before, last_through = _rows(before, chunks.last), _rows(through, chunks.last)
+    last_before, last_through = _rows(before, blocks.last), _rows(through, blocks.last)
     final = _choose(open_end, last_before, last_through)
     final = _choose(lengths == 0, start, final)
     chosen = (before.source, before.position, final.source, final.position)
-    return torch.where(is_new, chunks.token, -1), position, local_source, *(part.clone() for part in chosen)
+    return blocks.token, position, local_source, *(part.clone() for part in chosen)
 
 
 def _own_lists(
     scores: Tensor,
     recent_score: Tensor | None,
     seen: Tensor,
-    valid: Tensor,
-    token: Tensor,
-    document: Tensor,
-    position: Tensor,
+    blocks: AlignedBlocks,
     source_of: Callable[[Tensor, Tensor], Tensor],
     num_globals: int,
 ) -> _Lists:
     """Each block's own tokens, sorted."""
-    value = scores.flatten()[token.clamp(0, scores.numel() - 1)]
+    position, document = blocks.position, blocks.document
+    value = scores.flatten()[blocks.token.clamp_min(0)]
     if recent_score is not None:
         past = position < seen[document][:, None]
         recent = recent_score[document].gather(1, position % recent_score.shape[1])
         value = torch.where(past, recent.to(value.dtype), value)
-    value = value.masked_fill(~valid, float("-inf"))
-    source = source_of(position, valid)
-    lists = _Lists(value, source, torch.where(valid, position, -1))
-    return _sorted(lists, min(num_globals, value.shape[1]))
+    value = value.masked_fill(~blocks.filled, float("-inf"))
+    source = source_of(position, blocks.filled)
+    return _sorted(_Lists(value, source, torch.where(blocks.filled, position, -1)), min(num_globals, value.shape[1]))
 
 
 def _sorted(lists: _Lists, keep: int) -> _Lists:
