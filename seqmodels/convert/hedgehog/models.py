@@ -153,19 +153,26 @@ def attention_settings(model: PreTrainedModel) -> AttentionSettings:
     return msgspec.convert(model.config.hedgehog, AttentionSettings)
 
 
+def check_swap(model: PreTrainedModel, settings: AttentionSettings) -> None:
+    """Refuses what :func:`swap_attention` would refuse, before anything is measured."""
+    architecture, family = type(model).__name__, family_of(model.config)
+    check_convertible(model.config, architecture)
+    if settings.kind == "hedgehog_window" and not family.causal:
+        raise ConversionError(
+            f"kind 'hedgehog_window' is causal and {architecture} reads in both directions; use kind 'hedgehog'"
+        )
+    if settings.kind != "softmax":
+        make_core(*head_shape(model.config), settings, causal=family.causal)
+
+
 def swap_attention(model: PreTrainedModel, settings: AttentionSettings) -> HedgehogModel:
     """Turns ``model`` itself into a converted one: same weights, new attention, maps at their start values.
 
     Raises:
         ConversionError: an architecture that cannot be converted, or a kind that does not fit it.
     """
-    architecture = type(model).__name__
-    check_convertible(model.config, architecture)
-    if settings.kind == "hedgehog_window" and not family_of(model.config).causal:
-        raise ConversionError(
-            f"kind 'hedgehog_window' is causal and {architecture} reads in both directions; use kind 'hedgehog'"
-        )
-    converted = _CONVERTED[architecture]
+    check_swap(model, settings)
+    converted = _CONVERTED[type(model).__name__]
     old = model.config
     values = {**old.to_dict(), "hedgehog": msgspec.to_builtins(settings), "architectures": [converted.__name__]}
     del values["model_type"]

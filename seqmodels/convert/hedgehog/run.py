@@ -25,7 +25,7 @@ from seqmodels.convert.hedgehog.data import ConversionData, model_tokenizer
 from seqmodels.convert.hedgehog.distillation import Distillation
 from seqmodels.convert.hedgehog.families import check_convertible
 from seqmodels.convert.hedgehog.finetuning import add_trainable, check_peft, merged
-from seqmodels.convert.hedgehog.models import load_original, swap_attention
+from seqmodels.convert.hedgehog.models import check_swap, load_original, swap_attention
 from seqmodels.convert.hedgehog.progress import Progress
 from seqmodels.convert.hedgehog.settings import ConversionSettings
 from seqmodels.training.checkpoint import (
@@ -128,6 +128,7 @@ class Conversion:
         self.here = Processes(0, 1, torch.device(device))
         original = load_original(settings.model)
         check_convertible(original.config, type(original).__name__, settings.data.sequence_length)
+        check_swap(original, settings.attention)
         self.data = ConversionData(settings, original.config)
         self.held_out = self.data.held_out()
         nn.Module.to(original, self.here.device)  # transformers wraps its own .to in a type that checkers misread
