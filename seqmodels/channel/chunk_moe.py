@@ -61,7 +61,8 @@ class ChunkMoE(Mixer):
         temperature: tau, a plain attribute that a curriculum may lower.
         balance: ``"loss"``: ``aux["balance_loss"]`` = balance_weight E sum_e f_e P_e, with f the share of
             decisions (no gradient) and P the mean probability (Switch, arXiv:2101.03961, section 2.2);
-            ``"bias"``: no such loss; :meth:`after_optimizer_step` moves ``selection_bias`` by ``balance_weight`` toward even loads (arXiv:2408.15664);
+            ``"bias"``: no such loss; :meth:`after_optimizer_step` moves ``selection_bias`` by ``balance_weight``
+            toward even loads (arXiv:2408.15664);
             ``"none"``.
         balance_weight: its size; 1e-2 for the loss and 1e-3 for the bias when omitted.
         z_weight: ``aux["z_loss"]`` = z_weight mean(logsumexp(l)^2); 0 for none.

@@ -84,7 +84,7 @@ class Mixer(nn.Module):
         """
 
     def after_optimizer_step(self) -> None:
-        """Called by the training loop after each optimiser step, for layers that adapt by other means than a gradient."""
+        """Called by the training loop after each optimiser step, for what a layer adapts without a gradient."""
 
     def init_state(
         self,

@@ -60,9 +60,7 @@ def forward(
         final = starts.new_zeros(documents, 0)
         # The outputs of an op share no memory.
         return blocks.token, position, local_source, none, none.clone(), final, final.clone()
-    own = _own_lists(
-        scores, recent_score, seen, blocks.filled, blocks.token, document, position, source_of, num_globals
-    )
+    own = _own_lists(scores, recent_score, seen, blocks, source_of, num_globals)
     if global_score is None or global_position is None:
         worst = scores.new_full((documents, num_globals), float("-inf"))
         nobody = starts.new_full(worst.shape, -1)
