@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +112,13 @@ class PlainS4D(nn.Module):
         layer: this library's, whose parameters it reads; one (A, B), zero-order hold, real part exp, one direction.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, u = self.layer, x.transpose(1, 2)
+        layer: Any = self.layer
+        u = x.transpose(1, 2)
         length = u.shape[2]
         a = torch.complex(-torch.exp(layer.A_real), layer.A_imag)
         z = a * torch.exp(layer.log_dt)[:, None]
