@@ -33,7 +33,7 @@ def test_yaml(text: str) -> None:
 
 def test_defaults() -> None:
     rows = re.findall(r"^\| `([^|]*)` \| `([^|]*)` \|", TEXT, re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 12
     defaults = ModelConfig(vocab_size=1, d_model=1, pattern="mlp")
     for names, values in rows:
         for name, value in zip(names.split("`, `"), values.split("`, `"), strict=True):
