@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Causality, MixerOutput
 from seqmodels.mixers.linear_attention import LinearAttention, LinearAttentionState
-from seqmodels.ops.feature_attention import FeatureState, feature_state
-from seqmodels.ops.linear_attention import linear_attention
+from seqmodels.ops.feature_attention import FeatureState, feature_attention, feature_state
 
 
 class PrefixLinearAttention(LinearAttention):
@@ -79,20 +78,16 @@ class PrefixLinearAttention(LinearAttention):
         self.check_input(x, state, layout)
         if state is not None:
             self.check_state(state, x.shape[0] if layout is None else layout.num_documents)
-        before = None if state is None else state.matrix
+        before = None if state is None else FeatureState(state.matrix, None)
         if layout is not None and layout.prefix_lengths is not None:
             k, v = self._read(x, self.encoder_k_proj, self.encoder_v_proj, layout)
-            before = feature_state(
-                k, v, feature_map="taylor", layout=layout.prefixes(),
-                initial_state=None if before is None else FeatureState(before, None),
-            ).matrix  # fmt: skip
+            before = feature_state(k, v, feature_map="taylor", initial_state=before, layout=layout.prefixes())
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim))
         k, v = self._read(x, self.k_proj, self.v_proj, layout)
-        q = self.query_map(self.q_proj(x).unflatten(-1, (self.num_heads, self.key_dim)))
-        y, final = linear_attention(
-            q.to(v.dtype), self.key_map(k).to(v.dtype), v,
-            initial_state=before, normalize=True, epsilon=self.epsilon, layout=layout,
-        )  # fmt: skip
-        return MixerOutput(self._output(y, x), LinearAttentionState(final) if return_state else None, {})
+        y, final = feature_attention(
+            q, k, v, feature_map="taylor", initial_state=before, epsilon=self.epsilon, layout=layout
+        )
+        return MixerOutput(self._output(y, x), LinearAttentionState(final.matrix) if return_state else None, {})
 
     def _read(self, x: Tensor, k_proj: nn.Linear, v_proj: nn.Linear, layout: Layout | None) -> tuple[Tensor, Tensor]:
         """k (batch, length, heads, feature_dim) before its map, and v (batch, length, heads, value_dim)."""
