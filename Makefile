@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
-EXTRAS := test,triton,train
+EXTRAS := test,triton,train,hf
 STAMP := $(VENV)/.installed
 
 # Without an NVIDIA GPU: the versions tested together on a CPU. With one, torch and triton are
