@@ -345,6 +345,10 @@ OPS: dict[str, Op] = {
         )
         for name, gradients in (("hedgehog", ("q", "k", "v", "wq", "wk")), ("taylor", ("q", "k", "v")))
     },
+    "feature_attention_prefix_taylor": Op(
+        feature_attention.inputs, feature_attention.run, feature_attention.cost, feature_attention.backward_cost,
+        ("q", "k", "v", "ke", "ve"), feature_attention.prefix_rivals,
+    ),
     "short_conv": Op(
         _short_conv_inputs, _short_conv, _short_conv_cost, _short_conv_backward_cost,
         ("x", "weight", "bias"), rivals.short_conv_rivals,

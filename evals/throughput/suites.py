@@ -133,6 +133,22 @@ def _feature_attention_cpu() -> Iterator[Case]:
         yield Case("op", "linear_attention", mode, "float32", 1, 4096, {**heads, "N": 128, "G": 8}, 1)
 
 
+def _feature_attention_gpu() -> Iterator[Case]:
+    """The protocol of JRT-RNN's table (arXiv:2407.05483, table 5): batch 16, 16 heads of 64, keys of 16, prefix of half.
+
+    With the scale and the divisor inside, which the published kernel leaves out; one odd length; Hedgehog at the
+    same heads; one sequence of the longest length, which must fill the GPU by itself.
+    """
+    based, hedgehog = {"H": 16, "P": 64, "D": 16}, {"H": 16, "P": 64, "D": 64}
+    cells = [(f"feature_attention_{name}", based) for name in ("taylor", "prefix_taylor")]
+    cells.append(("feature_attention_hedgehog", hedgehog))
+    for mode, priority in (("forward", 0), ("forward+backward", 1)):
+        for name, sizes in cells:
+            for length in (2048, 4096, 8191, 8192, 16384, 32768):
+                yield Case("op", name, mode, "bfloat16", 16, length, sizes, priority + (length != 32768))
+            yield Case("op", name, mode, "bfloat16", 1, 32768, sizes, priority + 1)
+
+
 def _state_space_cpu() -> Iterator[Case]:
     """Diagonal state-space models beside the plain forms they replace, whose longest calls take seconds: those late."""
     float32 = "float32"
@@ -167,6 +183,7 @@ def _gpu() -> Iterator[Case]:
         yield Case("op", "attention", mode, bfloat16, 8, 8192, {"H": 16, "P": 128}, priority + 3)
         yield Case("op", "mamba3", mode, bfloat16, 1, 32768, recurrence, priority + 1)
         yield Case("op", "linear_attention", mode, bfloat16, 1, 32768, attention, priority + 1)
+    yield from _feature_attention_gpu()
     for mode, priority in (("forward", 2), ("forward+backward", 3)):
         for sizes in ({"C": 1024}, {"C": 1024, "V": 1}):
             yield Case("op", "linear_recurrence", mode, "float32", 8, 8192, sizes, priority)
