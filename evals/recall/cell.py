@@ -129,7 +129,7 @@ class Trainer:
                 strict=True,
             )
         )
-        self.loss = torch.compile(self._loss) if self.plan.compile else self._loss
+        self.compiled = torch.compile(self._loss) if self.plan.compile else self._loss
         self.train_seconds, self.tokens, self.steps = 0.0, 0, 0
         self.total = self.plan.epochs * sum(1 for _ in self._batches(0, count_only=True))
 
@@ -216,6 +216,13 @@ class Trainer:
         with torch.autocast(self.cell.device, torch.bfloat16, enabled=lower):
             hidden, aux = self.model(batch.tokens)
             return self.model.read(hidden, batch.positions), aux
+
+    def loss(self, batch: Resident) -> Tensor:
+        """Mean cross-entropy at the labelled positions, plus the layers' losses.
+
+        A last, smaller batch is not worth compiling for.
+        """
+        return (self.compiled if len(batch) == self.plan.batch_size else self._loss)(batch)
 
     def _loss(self, batch: Resident) -> Tensor:
         hidden, aux = self._hidden(batch)
