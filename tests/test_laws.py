@@ -61,7 +61,6 @@ VARIANTS: dict[str, dict[str, dict]] = {
             num_heads=4, num_kv_heads=2, window=5, feature_map="hedgehog_joint", feature_dim=3, rotary_fraction=0.0,
             linear_factor="complement", bias=True,
         ),
-        "wide": dict(num_heads=2, window=64, feature_map="taylor"),
     },
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
     "mamba2": {

@@ -49,7 +49,8 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
         "Distilled: the maps of q and k, from the identity, on the softmax's weights, 300 steps of AdamW at 1e-2; "
         f"measured on rows that were not trained on. Equal weights have an entropy of {UNIFORM:.2f} nats. Monotonicity "
         "is Spearman's correlation of q · k and the weight, over rows of 8 tokens and more. The identity map is "
-        "missing: its weights have either sign.", "",
+        "missing: its weights have either sign. A weight below 1e-12 counts as 1e-12 in a logarithm, which is what "
+        "T2R's weights of zero cost it in KL.", "",
         "![Entropy against monotonicity, and divergence](maps.png)", "",
         *markdown_table(
             ["map", "stage", "entropy", "monotonicity", "KL from the softmax", "entropy on noise (ln n = 4.85)"],

@@ -85,7 +85,7 @@ def by_loops(arguments: list[Tensor], window: int, layout: Layout | None) -> Ten
 
 @pytest.mark.parametrize("cached", [False, True], ids=["new", "carried"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("window", [1, 4, 33, 64])
+@pytest.mark.parametrize("window", [1, 7, 64])
 def test_forms_are_the_definition(window, layout, cached):
     arguments = inputs(layout, window, cached=cached)
     expected = by_loops(arguments, window, layout)
@@ -96,7 +96,7 @@ def test_forms_are_the_definition(window, layout, cached):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("window", [1, 4, 64])
+@pytest.mark.parametrize("window", [1, 33])
 def test_gradients_are_those_of_the_definition(window, layout):
     """With cotangents at padding too, which must reach nothing."""
     arguments = inputs(layout, window, cached=True)
@@ -186,7 +186,7 @@ def test_steps_are_the_sequence(backend):
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "width", "window"), [(4, 2, 5, 7), (3, 3, 64, 64), (2, 1, 20, 300)])
-def test_step_in_cpp(heads, groups, width, window, dtype, level):
+def test_cpu_step(heads, groups, width, window, dtype, level):
     """Against the float64 definition: at most twice the plain form's error in the same precision, plus rounding."""
 
     def draw(*shape: int) -> Tensor:
@@ -216,7 +216,7 @@ def test_step_in_cpp(heads, groups, width, window, dtype, level):
 
 
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason="the C++ extension is not built")
-def test_step_in_cpp_refuses_what_it_cannot_do():
+def test_cpu_step_refuses_what_it_cannot_do():
     token = [torch.randn(1, 2, width) for width in (4, 4, 3)]
     rest = [torch.rand(1, 2, 4), torch.rand(2), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 3), torch.tensor([1])]
     with seqmodels.backend("cpu"), pytest.raises(seqmodels.BackendUnavailable, match="values as wide as queries"):
