@@ -106,6 +106,19 @@ def test_end_to_end(
         assert model(tokens(1, 8)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "hedgehog_window"), ("llama", "hedgehog")])
+def test_under_autocast(family: str, kind: Any, tmp_path: Path, text: Path) -> None:
+    given = settings(tmp_path, text, family, attention=AttentionSettings(kind=kind, window=5), precision="bfloat16")
+    scores = convert_model(given, tmp_path / "out")["scores"]
+    exact = convert_model(msgspec.structs.replace(given, precision="float32"), tmp_path / "exact")["scores"]
+    assert scores["swapped"] == exact["swapped"]
+    assert scores["finetuned"] != exact["finetuned"]
+    # Ten steps from one start; a gradient in bfloat16 has three digits, and the loss moved by about 0.1.
+    assert scores["finetuned"]["loss"] == pytest.approx(exact["finetuned"]["loss"], abs=0.02)
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in kept.values())
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "output"])
 def test_streamed_gradients_are_those_of_the_mean_loss(loss: str) -> None:
     model = perturb(swap_attention(tiny("llama"), AttentionSettings())).requires_grad_(False)

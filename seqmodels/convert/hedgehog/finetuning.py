@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from seqmodels.convert.hedgehog.families import family_of
@@ -27,7 +29,9 @@ def add_trainable(model: HedgehogModel, settings: FinetuningSettings) -> nn.Modu
         target_modules=family_of(model.config).projections,
         fan_in_fan_out=model.config.model_type.endswith("gpt2"),  # its Conv1D stores weights transposed
     )
-    return peft.get_peft_model(model, config)  # type: ignore[return-value] - freezes all but the updates
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks for it
+        return peft.get_peft_model(model, config)  # type: ignore[return-value] - freezes all but the updates
 
 
 def merged(trained: nn.Module) -> HedgehogModel:
