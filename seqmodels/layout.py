@@ -169,7 +169,12 @@ class Layout:
         return layout if device is None else layout.to(device)
 
     def with_prefix(self, prefix_lengths: Tensor) -> Layout:
-        """The same documents with (documents,) prefix lengths."""
+        """The same documents with (documents,) prefix lengths; below 0 counts as 0."""
+        if prefix_lengths.shape != self.lengths.shape:
+            raise ValueError(
+                f"prefix_lengths is {tuple(prefix_lengths.shape)}; expected {tuple(self.lengths.shape)}, "
+                "one for each document slot"
+            )
         return replace(self, prefix_lengths=prefix_lengths)
 
     def with_compat_mask(self, compat_mask: Tensor) -> Layout:
@@ -184,7 +189,7 @@ class Layout:
         """The documents cut to their prefixes (all of a document that is shorter than its prefix)."""
         if self.prefix_lengths is None:
             raise ValueError("the layout has no prefix_lengths; make it with them, or call with_prefix")
-        return replace(self, lengths=torch.minimum(self.lengths, self.prefix_lengths), prefix_lengths=None)
+        return replace(self, lengths=torch.minimum(self.lengths, self.prefix_lengths).clamp(min=0), prefix_lengths=None)
 
     def to(self, device: torch.device | str) -> Layout:
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), self)

@@ -45,6 +45,19 @@ def test_full_equals_left_padding_without_padding():
         assert (ours is theirs is None) or torch.equal(ours, theirs)
 
 
+def test_documents_cut_to_their_prefixes():
+    layout = Layout.packed([[4], [2, 3]], capacity=5, prefix_lengths=[3, 0, 9])
+    assert layout.prefixes().lengths.tolist() == [3, 0, 3, 0, 0]
+    assert layout.prefixes().starts.tolist() == layout.starts.tolist()
+    assert layout.prefixes().prefix_lengths is None
+    below = layout.with_prefix(torch.tensor([-1, 1, 1, 0, 0]))
+    assert below.prefixes().lengths.tolist() == [0, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"prefix_lengths is \(2,\); expected \(5,\), one for each"):
+        layout.with_prefix(torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="has no prefix_lengths"):
+        Layout.full(1, 4).prefixes()
+
+
 def test_prefix_lengths_follow_reading_order_and_unused_slots_have_none():
     layout = Layout.packed([[4], [2, 3]], capacity=5, prefix_lengths=[3, 0, 1])
     assert layout.prefix_lengths.tolist() == [3, 0, 1, 0, 0]

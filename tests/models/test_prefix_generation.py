@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from seqmodels import Layout
+from seqmodels.commands.generate import command as generate_command
 from seqmodels.models import LanguageModel, ModelConfig, generate
 from seqmodels.models.generation import Decoder
+from seqmodels.models.loading import save_model
 from seqmodels.models.text_generation import TextGenerator
 from seqmodels.tasks.tokenizer import ByteTokenizer
 
@@ -144,3 +146,23 @@ def test_bad_choices_are_named():
         Decoder(model(), compat_pad=20)
     with pytest.raises(ValueError, match="short_prompts is 'repeat', not 'pad'"):
         Decoder(model(), compat_pad=1, short_prompts="repeat")
+
+
+def test_the_command_reads_twice(tmp_path, monkeypatch):
+    """Any model, without training: the prompt, a new line, the prompt again."""
+    causal = LanguageModel(ModelConfig(vocab_size=256, d_model=16, pattern="gated_conv swiglu"))
+    save_model(causal, tmp_path)
+    asked = []
+    original = TextGenerator.stream
+
+    def spy(self, prompts, **options):
+        asked.append(list(prompts))
+        return original(self, prompts, **options)
+
+    monkeypatch.setattr(TextGenerator, "stream", spy)
+    options = {"max_new_tokens": 2, "prompt": ["ab", "c"], "device": "cpu"}
+    generate_command(tmp_path, **options, read_twice=True)
+    generate_command(tmp_path, **options)
+    assert asked == [["ab\nab", "c\nc"], ["ab", "c"]]
+    with pytest.raises(ValueError, match="short_prompts='repeat' is about prompts"):
+        generate_command(tmp_path, **options, short_prompts="repeat")
