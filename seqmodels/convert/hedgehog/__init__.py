@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 try:
-    import transformers  # noqa: F401 - asked for by name, so that the error says what to install
+    from transformers import __version__ as _version
 except ImportError as error:
     raise ImportError(
-        "converting and loading converted models needs transformers >= 5.23: pip install 'transformers>=5.23,<6' peft"
+        "converting and loading converted models needs transformers: pip install 'transformers>=5.20,<6' peft"
     ) from error
+if not (5, 20) <= tuple(int(part) for part in _version.split(".")[:2]) < (6, 0):
+    raise ImportError(
+        f"transformers {_version} is installed; conversion is tested with 5.20 to 5.23, and attention modules and caches "
+        "differ from version to version: pip install 'transformers>=5.20,<6'"
+    )
 
 from seqmodels.convert.hedgehog.cache import HedgehogCache
 from seqmodels.convert.hedgehog.models import HedgehogModel, load, swap_attention
