@@ -8,6 +8,7 @@
 #include "feature_attention_launch.h"
 #include "linear_attention_backward_launch.h"
 #include "linear_attention_forward_launch.h"
+#include "linear_attention_step_launch.h"
 
 namespace seqmodels {
 namespace {
@@ -40,6 +41,16 @@ FiveTensors feature_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
   return {grad_q, grad_k, grad_v, grad_log_decay, grad_initial};
 }
 
+// q, k, v are (batch, 1, 1, groups, width): a sequence of one token.
+Tensor feature_attention_step_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> query_weight,
+                                  std::optional<Tensor> key_weight, std::optional<Tensor> log_decay, Tensor state,
+                                  std::optional<Tensor> log_scale, std::string feature_map, bool normalize,
+                                  double epsilon) {
+  const FeatureTensors given(q, k, v, query_weight, key_weight, log_decay, state, log_scale, feature_map, normalize,
+                             epsilon);
+  return step_in_place(given.tensors);
+}
+
 }  // namespace
 }  // namespace seqmodels
 
@@ -53,10 +64,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqmodels_cpu, m) {
       "Tensor? query_weight, Tensor? key_weight, Tensor? log_decay, Tensor? initial_state, "
       "Tensor? initial_log_scale, Tensor? starts, Tensor? lengths, str feature_map, bool normalize, float epsilon, "
       "Tensor y, Tensor denominator) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "feature_attention_step(Tensor q, Tensor k, Tensor v, Tensor? query_weight, Tensor? key_weight, "
+      "Tensor? log_decay, Tensor(a!) state, Tensor(b!)? log_scale, str feature_map, bool normalize, float epsilon) -> "
+      "Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(seqmodels_cpu, CPU, m) {
   m.impl("feature_attention", TORCH_BOX(&seqmodels::feature_attention_cpu));
   m.impl("feature_attention_backward", TORCH_BOX(&seqmodels::feature_attention_backward_cpu));
+  m.impl("feature_attention_step", TORCH_BOX(&seqmodels::feature_attention_step_cpu));
 }
 
 #endif

@@ -23,29 +23,30 @@ inline int64_t features_of(FeatureMap map, int64_t width) {
   return map >= FeatureMap::hedgehog_joint ? 2 * width : width;
 }
 
-// A weight (H, D, f) with rows of whole vectors.
+// A weight (H, D, f) with rows of whole vectors: the tensor itself where its rows are.
 class PaddedWeight {
  public:
-  PaddedWeight(const std::optional<Tensor>& weight, const char* name, int64_t heads, int64_t depth)
-      : padded_(weight.has_value() ? weight->numel() / std::max<int64_t>(1, weight->size(2)) * padded(weight->size(2))
-                                   : 0) {
+  PaddedWeight(const std::optional<Tensor>& weight, const char* name, int64_t heads, int64_t depth) {
     if (!weight.has_value()) return;
     check_tensor(*weight, name, ScalarType::Float);
     STD_TORCH_CHECK(weight->dim() == 3 && weight->size(0) == heads && weight->size(1) == depth, name,
                     " is not (heads, width, f)");
     const int64_t rows = heads * depth, width = weight->size(2), stride = padded(width);
     const float* from = static_cast<const float*>(weight->data_ptr());
+    data_ = from;
+    if (width == stride) return;
+    copy_.emplace(rows * stride);
     for (int64_t row = 0; row < rows; ++row) {
-      float* to = padded_.data() + row * stride;
+      float* to = copy_->data() + row * stride;
       std::fill(std::copy(from + row * width, from + (row + 1) * width, to), to + stride, 0.0f);
     }
-    present_ = true;
+    data_ = copy_->data();
   }
-  const float* data() { return present_ ? padded_.data() : nullptr; }
+  const float* data() const { return data_; }
 
  private:
-  Buffer padded_;
-  bool present_ = false;
+  std::optional<Buffer> copy_;
+  const float* data_ = nullptr;
 };
 
 // q and k are (batch, length, 1, groups, D).

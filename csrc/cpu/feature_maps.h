@@ -19,13 +19,32 @@ SEQMODELS_INLINE Vec first_lanes(Vec value, int64_t count) {
   return iota() < static_cast<int32_t>(std::min<int64_t>(count, kLanes)) ? value : Vec{};
 }
 
-SEQMODELS_INLINE float highest(Vec value) {
-  float lanes[kLanes];
+// One number of all lanes: halves meet while they are vectors, which `sum` (through memory) leaves to the compiler.
+template <class Meet>
+SEQMODELS_INLINE float reduce(Vec value, Meet meet) {
+  float lanes[8];
+#if defined(__AVX512F__)
+  const Vec8 low = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Vec8 high = __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Vec8 half = meet(low, high);
+  std::memcpy(lanes, &half, sizeof(half));
+  constexpr int kLeft = 8;
+#else
   std::memcpy(lanes, &value, sizeof(value));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] = std::max(lanes[lane], lanes[lane + width]);
+  constexpr int kLeft = kLanes;
+#endif
+  for (int width = kLeft / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = meet(lanes[lane], lanes[lane + width]);
   }
   return lanes[0];
+}
+
+SEQMODELS_INLINE float highest(Vec value) {
+  return reduce(value, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+SEQMODELS_INLINE float total_of(Vec value) {
+  return reduce(value, [](auto a, auto b) { return a + b; });
 }
 
 // u of `rows` rows: x W, or x itself where weight is null. x and W have zeros behind their columns.
@@ -42,6 +61,29 @@ static void project(const T* x, int64_t stride, int64_t rows, int64_t depth, con
   });
 }
 
+// u of one row. `wide` is scratch of padded(D) floats.
+template <class T>
+static void project_row(const T* x, int64_t depth, const float* weight, int64_t width, float* wide, float* u) {
+  if (!weight) return copy_rows(x, 0, 1, width, u, padded(width), 1);
+  copy_rows(x, 0, 1, depth, wide, padded(depth), 1);
+  const int64_t u_width = padded(width);
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= u_width; column += 2 * kLanes) {
+    Vec left{}, right{};
+    for (int64_t d = 0; d < depth; ++d) {
+      left += wide[d] * load(weight + d * u_width + column);
+      right += wide[d] * load(weight + d * u_width + column + kLanes);
+    }
+    store(u + column, left);
+    store(u + column + kLanes, right);
+  }
+  for (; column < u_width; column += kLanes) {
+    Vec total{};
+    for (int64_t d = 0; d < depth; ++d) total += wide[d] * load(weight + d * u_width + column);
+    store(u + column, total);
+  }
+}
+
 template <class Function>
 SEQMODELS_INLINE void map_elements(const float* u, int64_t width, float* phi, Function function) {
   for (int64_t column = 0; column < padded(width); column += kLanes) {
@@ -49,45 +91,49 @@ SEQMODELS_INLINE void map_elements(const float* u, int64_t width, float* phi, Fu
   }
 }
 
-// e^{sign u - shift} of one row; returns the sum.
-SEQMODELS_INLINE float exponentials(const float* u, int64_t width, float sign, float shift, float* phi) {
-  Vec total{};
-  for (int64_t column = 0; column < width; column += kLanes) {
-    const Vec value = first_lanes(exp(load(u + column) * sign - shift), width - column);
-    store(phi + column, value);
-    total += value;
-  }
-  return sum(total);
+// Lane i of a vector, or nothing behind the last of `count`.
+SEQMODELS_INLINE VecInt lanes_below(int64_t count) {
+  return iota() < static_cast<int32_t>(std::min<int64_t>(count, kLanes));
 }
 
-SEQMODELS_INLINE void scale_row(float* row, int64_t count, float factor) {
-  for (int64_t i = 0; i < count; i += kLanes) store(row + i, first_lanes(load(row + i) * factor, count - i));
-}
-
-// [softmax(u), softmax(-u)], or with `joint` one softmax over both.
+// [softmax(u), softmax(-u)], or with `joint` one softmax over both. Where the entries lie within e^+-80 of one
+// another, e^-u comes from 1 / e^u: a division costs less than half of an exponential.
 static void map_softmax(const float* u, int64_t width, bool joint, float* phi) {
-  Vec high = broadcast(-__builtin_inff()), low = high;
+  const Vec outside = broadcast(-__builtin_inff());
+  Vec high = outside, low = outside;
   for (int64_t column = 0; column < width; column += kLanes) {
-    const Vec value = load(u + column), outside = broadcast(-__builtin_inff());
-    const VecInt inside = iota() + static_cast<int32_t>(column) < static_cast<int32_t>(width);
+    const Vec value = load(u + column);
+    const VecInt inside = lanes_below(width - column);
     high = maximum(high, inside ? value : outside);
     low = maximum(low, inside ? -value : outside);
   }
   float top = highest(high), bottom = highest(low);
   if (joint) top = bottom = std::max(top, bottom);
-  float up = exponentials(u, width, 1.0f, top, phi);
-  float down = exponentials(u, width, -1.0f, bottom, phi + width);
-  if (joint) up = down = up + down;
-  // The second half first: scaling the first one writes zeros behind it, up to a whole vector.
-  scale_row(phi + width, width, 1.0f / down);
+  const bool divides = top + bottom < 80.0f;
+  const Vec product = exp(broadcast(-top - bottom));  // of e^{u - top} and e^{-u - bottom}
+  float* down = phi + width;
+  Vec up_total{}, down_total{};
   for (int64_t column = 0; column < width; column += kLanes) {
-    const Vec value = load(phi + column) * (1.0f / up);
-    column + kLanes <= width ? store(phi + column, value) : store(phi + column, value, width - column);
+    const Vec value = load(u + column), rise = exp(value - top);
+    const Vec fall = divides ? product / rise : exp(-value - bottom);
+    const VecInt inside = lanes_below(width - column);
+    up_total += inside ? rise : Vec{};
+    down_total += inside ? fall : Vec{};
+    // The second half is written where the first one ends: whole vectors of the first only while they fit.
+    column + kLanes <= width ? store(phi + column, rise) : store(phi + column, rise, width - column);
+    store(down + column, inside ? fall : Vec{});
   }
+  float up = total_of(up_total), below = total_of(down_total);
+  if (joint) up = below = up + below;
+  const float up_factor = 1.0f / up, down_factor = 1.0f / below;
+  int64_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) store(phi + column, load(phi + column) * up_factor);
+  for (; column < width; ++column) phi[column] *= up_factor;
+  for (column = 0; column < width; column += kLanes) store(down + column, load(down + column) * down_factor);
 }
 
 // [1, u f^{-1/4}, u_a u_b / sqrt(f)], squares times sqrt(1/2). `row` has zeros behind u.
-static void map_taylor(const float* row, int64_t width, float* phi) {
+[[maybe_unused]] static void map_taylor(const float* row, int64_t width, float* phi) {
   const float linear = std::pow(static_cast<float>(width), -0.25f), square = linear * linear;
   phi[0] = 1.0f;
   for (int64_t a = 0; a < width; a += kLanes) store(phi + 1 + a, load(row + a) * linear);
@@ -100,43 +146,46 @@ static void map_taylor(const float* row, int64_t width, float* phi) {
   }
 }
 
-// phi(u) of `rows` rows, F features each; all maps but hedgehog_exp.
-static void map_rows(FeatureMap map, const float* u, int64_t width, int64_t rows, float* phi, int64_t features,
-                     float* row) {
-  const int64_t u_width = padded(width), phi_width = padded(features);
-  for (int64_t i = 0; i < rows; ++i, u += u_width, phi += phi_width) {
-    switch (map) {
-      case FeatureMap::hedgehog_split:
-      case FeatureMap::hedgehog_joint:
-        map_softmax(u, width, map == FeatureMap::hedgehog_joint, phi);
-        break;
-      case FeatureMap::taylor:
-        std::copy(u, u + width, row);
-        std::fill(row + width, row + u_width + 16, 0.0f);
-        map_taylor(row, width, phi);
-        break;
-      case FeatureMap::elu:
-        map_elements(u, width, phi, [](Vec x) { return x > 0.0f ? x + 1.0f : exp(minimum(x, Vec{})); });
-        break;
-      case FeatureMap::relu:
-        map_elements(u, width, phi, [](Vec x) { return maximum(x, Vec{}); });
-        break;
-      default:
-        map_elements(u, width, phi, [](Vec x) { return x; });
-    }
-    std::fill(phi + features, phi + phi_width, 0.0f);
+// phi(u) of one row, all maps but hedgehog_exp. `row` is scratch of padded(f) + 32 floats.
+[[maybe_unused]] static void map_row(FeatureMap map, const float* u, int64_t width, float* phi, int64_t features,
+                                     float* row) {
+  switch (map) {
+    case FeatureMap::hedgehog_split:
+    case FeatureMap::hedgehog_joint:
+      map_softmax(u, width, map == FeatureMap::hedgehog_joint, phi);
+      break;
+    case FeatureMap::taylor:
+      std::fill(std::copy(u, u + width, row), row + padded(width) + 16, 0.0f);
+      map_taylor(row, width, phi);
+      break;
+    case FeatureMap::elu:
+      map_elements(u, width, phi, [](Vec x) { return x > 0.0f ? x + 1.0f : exp(minimum(x, Vec{})); });
+      break;
+    case FeatureMap::relu:
+      map_elements(u, width, phi, [](Vec x) { return maximum(x, Vec{}); });
+      break;
+    default:
+      map_elements(u, width, phi, [](Vec x) { return x; });
   }
-  std::fill(phi, phi + (round_up(rows, 8) - rows) * phi_width, 0.0f);
+  std::fill(phi + features, phi + padded(features), 0.0f);
 }
 
-static void softmax_gradient(const float* phi, const float* dphi, int64_t width, bool joint, float* du) {
+[[maybe_unused]] static void map_rows(FeatureMap map, const float* u, int64_t width, int64_t rows, float* phi,
+                                      int64_t features, float* row) {
+  const int64_t u_width = padded(width), phi_width = padded(features);
+  for (int64_t i = 0; i < rows; ++i) map_row(map, u + i * u_width, width, phi + i * phi_width, features, row);
+  std::fill(phi + rows * phi_width, phi + round_up(rows, 8) * phi_width, 0.0f);
+}
+
+[[maybe_unused]] static void softmax_gradient(const float* phi, const float* dphi, int64_t width, bool joint,
+                                              float* du) {
   Vec up{}, down{};
   for (int64_t column = 0; column < width; column += kLanes) {
     const int64_t n = width - column;
     up += first_lanes(load(phi + column) * load(dphi + column), n);
     down += first_lanes(load(phi + width + column) * load(dphi + width + column), n);
   }
-  float above = sum(up), below = sum(down);
+  float above = total_of(up), below = total_of(down);
   if (joint) above = below = above + below;
   for (int64_t column = 0; column < width; column += kLanes) {
     const Vec rise = load(phi + column) * (load(dphi + column) - above);
@@ -145,7 +194,7 @@ static void softmax_gradient(const float* phi, const float* dphi, int64_t width,
   }
 }
 
-static void taylor_gradient(const float* row, const float* dphi, int64_t width, float* du) {
+[[maybe_unused]] static void taylor_gradient(const float* row, const float* dphi, int64_t width, float* du) {
   const float linear = std::pow(static_cast<float>(width), -0.25f), square = linear * linear;
   for (int64_t a = 0; a < width; a += kLanes) {
     store(du + a, load(du + a) + first_lanes(load(dphi + 1 + a) * linear, width - a));
@@ -161,14 +210,14 @@ static void taylor_gradient(const float* row, const float* dphi, int64_t width, 
       total += gradient * load(row + a + b);
       store(du + a + b, load(du + a + b) + gradient * left);
     }
-    du[a] += sum(total) * square;
+    du[a] += total_of(total) * square;
   }
 }
 
 // du += the gradient of u for that of phi, in `rows` rows. With hedgehog_exp dphi is that of log phi. Rows of
 // du are padded(f) wide, with 16 floats behind the last.
-static void map_gradient(FeatureMap map, const float* u, int64_t width, int64_t rows, const float* phi,
-                         const float* dphi, int64_t features, float* row, float* du) {
+[[maybe_unused]] static void map_gradient(FeatureMap map, const float* u, int64_t width, int64_t rows, const float* phi,
+                                          const float* dphi, int64_t features, float* row, float* du) {
   const int64_t u_width = padded(width), phi_width = padded(features);
   for (int64_t i = 0; i < rows; ++i, u += u_width, phi += phi_width, dphi += phi_width, du += u_width) {
     switch (map) {
@@ -201,7 +250,7 @@ static void map_gradient(FeatureMap map, const float* u, int64_t width, int64_t 
 // ---- hedgehog_exp: phi = e^{[u, -u]} relative to a maximum of each feature (the scale of the state).
 
 // [u, -u] of `rows` rows, -infinity behind: log phi.
-static void exponents(const float* u, int64_t width, int64_t rows, float* log_phi) {
+[[maybe_unused]] static void exponents(const float* u, int64_t width, int64_t rows, float* log_phi) {
   const int64_t u_width = padded(width), phi_width = padded(2 * width);
   for (int64_t i = 0; i < rows; ++i, u += u_width, log_phi += phi_width) {
     std::copy(u, u + width, log_phi);
@@ -211,7 +260,8 @@ static void exponents(const float* u, int64_t width, int64_t rows, float* log_ph
 }
 
 // to = max(scale, log phi of all rows).
-static void raise_scale(const float* log_phi, int64_t rows, int64_t phi_width, const float* scale, float* to) {
+[[maybe_unused]] static void raise_scale(const float* log_phi, int64_t rows, int64_t phi_width, const float* scale,
+                                         float* to) {
   for (int64_t n = 0; n < phi_width; n += kLanes) {
     Vec top = load(scale + n);
     for (int64_t i = 0; i < rows; ++i) top = maximum(top, load(log_phi + i * phi_width + n));
@@ -238,7 +288,7 @@ SEQMODELS_INLINE void relative(const float* log_phi, const float* scale, float s
 SEQMODELS_INLINE float direct_score(const float* a, const float* b, float shift, int64_t phi_width) {
   Vec total{};
   for (int64_t n = 0; n < phi_width; n += kLanes) total += exp(load(a + n) + load(b + n) - shift);
-  return sum(total);
+  return total_of(total);
 }
 
 // A query whose keys all lie this far below a later key of the chunk (natural logarithm) is scored directly:

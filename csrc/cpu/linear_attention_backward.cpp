@@ -58,7 +58,8 @@ static void load_gradients(const LinearAttentionShape& s, const LinearAttentionG
   }
 }
 
-// to[p][n] = carry (kept[n] with a scale) from[p][n] + sum over rows of weight_row x[row][p] y[row][n], p in [begin, end).
+// to[p][n] = carry from[p][n] + sum over rows of weight_row x[row][p] y[row][n], p in [begin, end). With a scale
+// kept[n] takes the place of carry.
 static void advance(const float* x, const float* weights, int64_t width, const float* y, int64_t key_width,
                     int64_t rows, float carry, const float* kept, int64_t begin, int64_t end, const float* from,
                     float* to, float* weighted) {
@@ -96,8 +97,8 @@ static void start_states(const LinearAttentionInputs<T>& in, const Document& doc
     }
     load_values(in, row0, rows, head, v);
     chunk_weights(in, token, tokens, head, w);
-    advance(v, w.stored, width, o.k, key_width, rows, w.carry, s.scaled() ? o.kept : nullptr, row_begin, row_end, states,
-            states + stride, v);
+    advance(v, w.stored, width, o.k, key_width, rows, w.carry, s.scaled() ? o.kept : nullptr, row_begin, row_end,
+            states, states + stride, v);
   }
 }
 
@@ -235,7 +236,9 @@ static void finish_pair(const LinearAttentionShape& s, const Shared& shared, int
   add_score_gradients(shared.dscores, o.q, o.k, rows, s.ranks, key_width, s.scaled() ? o.q : nullptr, shared.dq,
                       shared.dk);
   if (!s.scaled()) return;
-  for (int64_t at = 0; at < rows * key_width; at += kLanes) store(shared.dk + at, load(shared.dk + at) * load(o.k + at));
+  for (int64_t at = 0; at < rows * key_width; at += kLanes) {
+    store(shared.dk + at, load(shared.dk + at) * load(o.k + at));
+  }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; o.far[i] && j <= i; ++j) {  // what chunk_scores summed directly
       const float gradient = shared.dscores[i * kChunkRows + j];

@@ -65,8 +65,10 @@ void run_block(const LinearAttentionInputs<T>& in, const LinearAttentionGradient
     const int64_t at = (walk.document.slot * s.heads + first + h) * tensor_state;
     read_transposed(s, initial ? initial + at : nullptr, starts + walk.offset + h * size);
     read_transposed(s, grad_final + at, ends + walk.offset + walk.chunks * stride + h * size);
-    const float* scale = initial_scale ? initial_scale + (walk.document.slot * s.heads + first + h) * s.key_dim : nullptr;
-    if (s.scaled()) read_scale(s, scale, starts + walk.offset + h * size + backward_scale(s));
+    if (!s.scaled()) return;
+    const int64_t scale_at = (walk.document.slot * s.heads + first + h) * s.key_dim;
+    read_scale(s, initial_scale ? initial_scale + scale_at : nullptr,
+               starts + walk.offset + h * size + backward_scale(s));
   });
   // S forwards and D backwards, at once; D needs the scales of all chunks where there are any.
   const auto walk_states = [&](bool forwards, bool backwards) {

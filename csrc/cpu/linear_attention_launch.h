@@ -35,7 +35,7 @@ class Buffer {
 };
 
 // A scale of N features in padded memory; null: no key yet.
-void read_scale(const LinearAttentionShape& s, const float* from, float* to) {
+[[maybe_unused]] void read_scale(const LinearAttentionShape& s, const float* from, float* to) {
   std::fill(to, to + padded(s.key_dim), -1e30f);
   if (from) std::copy(from, from + s.key_dim, to);
 }

@@ -88,14 +88,14 @@ static void load_keys(const LinearAttentionInputs<T>& in, int64_t group, int64_t
 }
 
 // k transposed; with Taylor u instead, which is what its scores are made of.
-static void transpose_keys(const LinearAttentionShape& s, int64_t rows, Operands& o) {
+[[maybe_unused]] static void transpose_keys(const LinearAttentionShape& s, int64_t rows, Operands& o) {
   const int64_t key_width = padded(s.key_dim), width = padded(s.map_width);
   transpose(o.k, key_width, round_up(rows, 8), key_width, o.kt, kChunkRows);
   if (s.map == FeatureMap::taylor) transpose(o.uk, width, round_up(rows, 8), width, o.ukt, kChunkRows);
 }
 
 // k relative to m', and what is left of the state: from log_k and the scale at the chunk's start.
-static void scale_keys(const LinearAttentionShape& s, const float* scale, int64_t rows, Operands& o) {
+[[maybe_unused]] static void scale_keys(const LinearAttentionShape& s, const float* scale, int64_t rows, Operands& o) {
   const int64_t key_width = padded(s.key_dim);
   raise_scale(o.log_k, rows, key_width, scale, o.scale);
   for (int64_t n = 0; n < key_width; n += kLanes) store(o.kept + n, exp(load(scale + n) - load(o.scale + n)));
@@ -106,7 +106,7 @@ static void scale_keys(const LinearAttentionShape& s, const float* scale, int64_
 }
 
 // q and state_q of one row from its shift; a far row has no q.
-static void scale_query(const LinearAttentionShape& s, const float* scale, int64_t row, Operands& o) {
+[[maybe_unused]] static void scale_query(const LinearAttentionShape& s, const float* scale, int64_t row, Operands& o) {
   const int64_t key_width = padded(s.key_dim), at = row * key_width;
   if (o.far[row]) {
     std::fill(o.q + at, o.q + at + key_width, 0.0f);
@@ -118,8 +118,8 @@ static void scale_query(const LinearAttentionShape& s, const float* scale, int64
 
 // Shifts of all rows, such that the largest feature of each is 1: relative to m', or, for a far row, to the
 // maximum of the keys that it sees. `running` is scratch of N floats.
-static void scale_queries(const LinearAttentionShape& s, const float* scale, int64_t rows, Operands& o,
-                          float* running) {
+[[maybe_unused]] static void scale_queries(const LinearAttentionShape& s, const float* scale, int64_t rows, Operands& o,
+                                           float* running) {
   const int64_t key_width = padded(s.key_dim);
   std::copy(scale, scale + key_width, running);
   for (int64_t i = 0; i < rows; ++i) {
@@ -136,8 +136,8 @@ static void scale_queries(const LinearAttentionShape& s, const float* scale, int
 }
 
 // The same from the logarithms of the divisors that the forward kept: weights then sum to 1.
-static void normalized_queries(const LinearAttentionShape& s, const float* scale, int64_t rows, const float* divisors,
-                               int64_t stride, Operands& o) {
+[[maybe_unused]] static void normalized_queries(const LinearAttentionShape& s, const float* scale, int64_t rows,
+                                                const float* divisors, int64_t stride, Operands& o) {
   const int64_t key_width = padded(s.key_dim);
   for (int64_t i = 0; i < rows; ++i) {
     o.shift[i] = divisors[i * stride];
@@ -150,8 +150,8 @@ static void normalized_queries(const LinearAttentionShape& s, const float* scale
 }
 
 // q . k for all pairs j <= i of the chunk. With Taylor s = u . u / sqrt(f) is kept in `raw` where it is given.
-static void chunk_scores(const LinearAttentionShape& s, int64_t rows, const Operands& o, float* scores,
-                         float* raw = nullptr) {
+[[maybe_unused]] static void chunk_scores(const LinearAttentionShape& s, int64_t rows, const Operands& o, float* scores,
+                                          float* raw = nullptr) {
   const int64_t key_width = padded(s.key_dim);
   if (s.map != FeatureMap::taylor) {
     lower_scores(o.q, o.kt, rows, s.ranks, s.key_dim, key_width, scores);

@@ -5,32 +5,10 @@
 // One pass over S (N x P, float): each element is read once, decayed, read by q, updated and
 // written, so that memory bandwidth is the bound. Columns go in blocks whose outputs stay in
 // registers; 1, 2 and 4 ranks take one pass, other numbers of ranks further reading passes.
-#include "linear_attention.h"
+#include "feature_maps.h"
+#include "linear_attention_step.h"
 
 namespace seqmodels {
-
-template <class T>
-struct LinearAttentionToken {
-  const T* q;  // rank r at q + r * query_stride
-  const T* k;
-  const T* v;
-  T* y;
-  int64_t query_stride, key_stride, value_stride;
-  float decay, past, diagonal;
-  float* state;
-};
-
-static inline int64_t step_scratch_size(const LinearAttentionShape& s) {
-  return s.ranks * (2 * round_up(s.key_dim, 16) + 3 * round_up(s.state_width(), 16)) + 64;
-}
-
-// One (sequence, head).
-template <class T>
-using LinearAttentionStep = void(const LinearAttentionShape&, const LinearAttentionToken<T>&, float* scratch);
-
-SEQMODELS_DECLARE_KERNEL(LinearAttentionStep<float>, linear_attention_step_float)
-SEQMODELS_DECLARE_KERNEL(LinearAttentionStep<bfloat16>, linear_attention_step_bfloat16)
-
 namespace SEQMODELS_LEVEL {
 
 template <class T>
@@ -48,53 +26,65 @@ static float dot(const float* a, const float* b, int64_t count) {
   return sum(total);
 }
 
-// A pass over `Vectors` vectors of columns: y of Ranks ranks, and with Update the new state. Single
-// says that there are no other ranks, so that their number is known when this is compiled.
-template <int Ranks, int Vectors, bool Update, bool Single>
+// A pass over `Vectors` vectors of columns: y of Ranks ranks, and with Update the new state. Row n of the state
+// is multiplied by kept[n], or by decay where there is none of that. Single says that there are no other ranks,
+// so that their number is known when this is compiled; Tail, that one more column follows (the normaliser's).
+template <int Ranks, int Vectors, bool Update, bool Single, bool Tail>
 static void pass(const float* q, const float* k, int64_t key_dim, int64_t width, const float* written,
-                 int64_t written_stride, int64_t all_ranks, float decay, float* state, float* y) {
+                 int64_t written_stride, int64_t all_ranks, float decay, const float* kept, float* state, float* y) {
+  constexpr int kTail = Vectors * kLanes;
   if (Single) all_ranks = Ranks;
   Vec out[Ranks][Vectors] = {};
+  float tail[Ranks] = {};
   for (int64_t n = 0; n < key_dim; ++n, state += width) {
     Vec row[Vectors];
-    for (int i = 0; i < Vectors; ++i) row[i] = load(state + i * kLanes) * decay;
+    const float factor = kept ? kept[n] : decay;
+    for (int i = 0; i < Vectors; ++i) row[i] = load(state + i * kLanes) * factor;
+    float last = Tail ? state[kTail] * factor : 0.0f;
     for (int r = 0; r < Ranks; ++r) {
       for (int i = 0; i < Vectors; ++i) out[r][i] += q[r * key_dim + n] * row[i];
+      if (Tail) tail[r] += q[r * key_dim + n] * last;
     }
     if (!Update) continue;
     for (int64_t r = 0; r < all_ranks; ++r) {
       const float* values = written + r * written_stride;
       for (int i = 0; i < Vectors; ++i) row[i] += k[r * key_dim + n] * load(values + i * kLanes);
+      if (Tail) last += k[r * key_dim + n] * values[kTail];
     }
     for (int i = 0; i < Vectors; ++i) store(state + i * kLanes, row[i]);
+    if (Tail) state[kTail] = last;
   }
   for (int r = 0; r < Ranks; ++r) {
     for (int i = 0; i < Vectors; ++i) store(y + r * written_stride + i * kLanes, out[r][i]);
+    if (Tail) y[r * written_stride + kTail] = tail[r];
   }
 }
 
 template <int Ranks, bool Update, bool Single>
 static void columns(const float* q, const float* k, int64_t key_dim, int64_t width, const float* written,
-                    int64_t stride, int64_t all_ranks, float decay, float* state, float* y) {
+                    int64_t stride, int64_t all_ranks, float decay, const float* kept, float* state, float* y) {
 #if defined(__AVX512F__)
   constexpr int kWide = 4;
 #else
   constexpr int kWide = Ranks == 1 ? 4 : 2;  // Ranks x kWide outputs and kWide of S in 16 registers
 #endif
   int64_t column = 0;
+  const auto run = [&](auto* pass_of) {
+    pass_of(q, k, key_dim, width, written + column, stride, all_ranks, decay, kept, state + column, y + column);
+  };
   for (; column + kWide * kLanes <= width; column += kWide * kLanes) {
-    pass<Ranks, kWide, Update, Single>(q, k, key_dim, width, written + column, stride, all_ranks, decay,
-                                       state + column, y + column);
+    if (column + kWide * kLanes + 1 == width) return run(pass<Ranks, kWide, Update, Single, true>);
+    run(pass<Ranks, kWide, Update, Single, false>);
   }
   for (; column + kLanes <= width; column += kLanes) {
-    pass<Ranks, 1, Update, Single>(q, k, key_dim, width, written + column, stride, all_ranks, decay, state + column,
-                                   y + column);
+    if (column + kLanes + 1 == width) return run(pass<Ranks, 1, Update, Single, true>);
+    run(pass<Ranks, 1, Update, Single, false>);
   }
-  for (; column < width; ++column) {  // what is left of a vector, and the normaliser
+  for (; column < width; ++column) {  // what is left of a vector
     float total[Ranks] = {};
     for (int64_t n = 0; n < key_dim; ++n) {
       float& element = state[n * width + column];
-      const float decayed = element * decay;
+      const float decayed = element * (kept ? kept[n] : decay);
       for (int r = 0; r < Ranks; ++r) total[r] += q[r * key_dim + n] * decayed;
       if (!Update) continue;
       float after = decayed;
@@ -105,24 +95,63 @@ static void columns(const float* q, const float* k, int64_t key_dim, int64_t wid
   }
 }
 
+// phi(q) and phi(k) of one head. With hedgehog_exp they are relative to the scale, which moves up to this key;
+// kept is what is left of each row of the state.
+template <class T>
+static void map_token(const LinearAttentionShape& s, const LinearAttentionToken<T>& token, Arena& arena, float* q,
+                      float* k, float* kept) {
+  const int64_t features = padded(s.key_dim), width = padded(s.map_width);
+  float* wide = arena.take(padded(s.depth));
+  float* u = arena.take(width);
+  float* row = arena.take(width + 32);
+  if (!s.scaled()) {
+    project_row(token.q, s.depth, token.query_weight, s.map_width, wide, u);
+    map_row(s.map, u, s.map_width, q, s.key_dim, row);
+    project_row(token.k, s.depth, token.key_weight, s.map_width, wide, u);
+    return map_row(s.map, u, s.map_width, k, s.key_dim, row);
+  }
+  float* log_phi = arena.take(features);
+  float* scale = arena.take(features);
+  std::fill(std::copy(token.scale, token.scale + s.key_dim, scale), scale + features, 0.0f);
+  project_row(token.k, s.depth, token.key_weight, s.map_width, wide, u);
+  exponents(u, s.map_width, 1, log_phi);
+  for (int64_t n = 0; n < features; n += kLanes) {
+    const Vec before = load(scale + n), top = maximum(before, load(log_phi + n));
+    store(kept + n, exp(before - top));
+    store(k + n, exp(load(log_phi + n) - top));
+    store(scale + n, top);
+  }
+  std::copy(scale, scale + s.key_dim, token.scale);
+  project_row(token.q, s.depth, token.query_weight, s.map_width, wide, u);
+  exponents(u, s.map_width, 1, log_phi);
+  relative(log_phi, scale, 1.0f, largest(log_phi, scale, features), features, q);
+}
+
 template <class T>
 static void step(const LinearAttentionShape& s, const LinearAttentionToken<T>& token, float* scratch) {
   const int64_t ranks = s.ranks, width = s.state_width(), stride = round_up(width, 16);
   Arena arena(scratch);
-  float* q = arena.take(ranks * s.key_dim);
-  float* k = arena.take(ranks * s.key_dim);
+  float* q = arena.take(ranks * padded(s.key_dim) + 16);
+  float* k = arena.take(ranks * padded(s.key_dim) + 16);
   float* v = arena.take(ranks * stride);
   float* written = arena.take(ranks * stride);
   float* y = arena.take(ranks * stride);
+  float* kept = nullptr;
+  if (s.map != FeatureMap::none) {
+    if (s.scaled()) kept = arena.take(padded(s.key_dim));
+    map_token(s, token, arena, q, k, kept);
+  }
   for (int64_t r = 0; r < ranks; ++r) {
-    widen_row(token.q + r * token.query_stride, s.key_dim, q + r * s.key_dim);
-    widen_row(token.k + r * token.key_stride, s.key_dim, k + r * s.key_dim);
+    if (s.map == FeatureMap::none) {
+      widen_row(token.q + r * token.query_stride, s.key_dim, q + r * s.key_dim);
+      widen_row(token.k + r * token.key_stride, s.key_dim, k + r * s.key_dim);
+    }
     widen_row(token.v + r * token.value_stride, s.value_dim, v + r * stride);
     if (s.normalize) v[r * stride + s.value_dim] = 1.0f;
     for (int64_t p = 0; p < width; ++p) written[r * stride + p] = token.past * v[r * stride + p];
   }
   const auto run = [&](auto* columns_of, int64_t r) {
-    columns_of(q + r * s.key_dim, k, s.key_dim, width, written, stride, ranks, token.decay, token.state,
+    columns_of(q + r * s.key_dim, k, s.key_dim, width, written, stride, ranks, token.decay, kept, token.state,
                y + r * stride);
   };
   if (ranks == 1) {
@@ -166,58 +195,16 @@ void linear_attention_step_bfloat16(const LinearAttentionShape& s, const LinearA
 
 #if SEQMODELS_LAUNCHERS
 
-#include <cmath>
-
-#include "linear_attention_launch.h"
+#include "linear_attention_step_launch.h"
 
 namespace seqmodels {
 namespace {
-
-constexpr int64_t kStepFloats = 16384;  // state elements that are worth a thread
-
-template <class T>
-void run_step(const Tensors& tensors, float* state, T* y, LinearAttentionStep<T>* kernel) {
-  const LinearAttentionInputs<T> in = tensors.inputs<T>();
-  const LinearAttentionShape& s = in.shape;
-  const int64_t state_size = s.key_dim * s.state_width(), tasks = tensors.v.size(0) * s.heads;
-  const int64_t query_stride = s.query_groups * s.key_dim, key_stride = s.key_groups * s.key_dim;
-  const int64_t value_stride = s.heads * s.value_dim;
-  const int64_t grain = std::max<int64_t>(1, kStepFloats / state_size);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    Buffer scratch(step_scratch_size(s));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / s.heads, head = task % s.heads;
-      const int64_t values = row * s.ranks * value_stride + head * s.value_dim;
-      LinearAttentionToken<T> token;
-      token.q = in.q + row * s.ranks * query_stride + s.query_group(head) * s.key_dim;
-      token.k = in.k + row * s.ranks * key_stride + s.key_group(head) * s.key_dim;
-      token.v = in.v + values;
-      token.y = y + values;
-      token.query_stride = query_stride, token.key_stride = key_stride, token.value_stride = value_stride;
-      token.decay = in.log_decay ? std::exp(in.log_decay[task]) : 1.0f;
-      token.past = in.past ? in.past[task] : 1.0f;
-      token.diagonal = in.diagonal ? in.diagonal[task] : 1.0f;
-      token.state = state + task * state_size;
-      kernel(s, token, scratch.data());
-    }
-  });
-}
 
 // q, k, v are (batch, 1, R, groups, width): a sequence of one token.
 Tensor linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> log_decay,
                                  std::optional<Tensor> past, std::optional<Tensor> diagonal, Tensor state,
                                  bool normalize, double epsilon) {
-  const Tensors tensors(q, k, v, log_decay, past, diagonal, state, normalize, epsilon);
-  STD_TORCH_CHECK(v.size(1) == 1, "a step takes one token");
-  tensors.check_state(v.size(0));
-  Tensor y = torch::stable::empty_like(v);
-  float* memory = static_cast<float*>(state.data_ptr());
-  if (is_bfloat16(v)) {
-    run_step<bfloat16>(tensors, memory, static_cast<bfloat16*>(y.data_ptr()), choose_linear_attention_step_bfloat16());
-  } else {
-    run_step<float>(tensors, memory, static_cast<float*>(y.data_ptr()), choose_linear_attention_step_float());
-  }
-  return y;
+  return step_in_place(Tensors(q, k, v, log_decay, past, diagonal, state, normalize, epsilon));
 }
 
 }  // namespace

@@ -77,9 +77,10 @@ SEQMODELS_INLINE VecInt iota() {
   return lanes;
 }
 
-// Rows of another dtype to float, zeros up to `width` columns and whole tiles of rows.
+// Rows of another dtype to float, zeros up to `width` columns and `unit` rows (a whole tile).
 template <class T>
-static void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width) {
+static void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t width,
+                      int64_t unit = 8) {
   const int64_t whole = columns / kLanes * kLanes;
   for (int64_t row = 0; row < rows; ++row) {
     const T* source = from + row * from_stride;
@@ -88,14 +89,14 @@ static void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t 
     if (whole < columns) store(target + whole, load(source + whole, columns - whole));
     for (int64_t column = round_up(columns, kLanes); column < width; column += kLanes) store(target + column, Vec{});
   }
-  std::fill(to + rows * width, to + round_up(rows, 8) * width, 0.0f);
+  std::fill(to + rows * width, to + round_up(rows, unit) * width, 0.0f);
 }
 
 typedef float Vec8 __attribute__((vector_size(32)));
 
 // to[column][row] = from[row][column], in blocks of 8 x 8; both sizes are multiples of 8.
-static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-                      int64_t to_stride) {
+[[maybe_unused]] static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                       float* to, int64_t to_stride) {
   for (int64_t row = 0; row < rows; row += 8) {
     for (int64_t column = 0; column < columns; column += 8) {
       Vec8 a[8], b[8];

@@ -361,5 +361,9 @@ _step_operator = Operator(
     "bool normalize, float epsilon",
     outputs=1,
     fake=lambda q, k, v, *rest: torch.empty_like(v, memory_format=torch.contiguous_format),
-    modules={"reference": f"{_PACKAGE}.reference_step", "torch": f"{_PACKAGE}.torch_step"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_step",
+        "torch": f"{_PACKAGE}.torch_step",
+        "cpu": f"{_PACKAGE}.cpu_step",
+    },
 )
