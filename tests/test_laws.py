@@ -93,6 +93,10 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "convolution": dict(d_state=16, num_blocks=2, mode="convolution", activation="half_glu2", init="ptd"),
         "bidirectional": dict(d_state=8, bidirectional=True, activation="full_glu", real_part="clip", rate=2.0),
     },
+    "workspace": {
+        "plain": dict(num_slots=6, rank=4, active=3, segment=4),
+        "all slots": dict(num_slots=3, rank=5, active=3, segment=7),
+    },
     "hydra_diag": {"plain": dict()},
     "chunk_moe": {
         "plain": dict(num_experts=4, experts_per_token=2, d_hidden=8, chunk_size=4),

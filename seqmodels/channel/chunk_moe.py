@@ -157,7 +157,7 @@ class ChunkMoE(Mixer):
         decision = self._decide(flat, before, blocks, total)
         kept = self._within_capacity(decision, blocks)
         expert = decision.expert if kept is None else torch.where(kept, decision.expert, self.num_experts)
-        chunk = blocks.block_of_token
+        chunk = blocks.slot_of_token // self.chunk_size  # -1 on padding
         expert = torch.where((chunk >= 0)[:, None], expert[chunk.clamp_min(0)], self.num_experts)
         y = self._experts(flat, expert, decision.weight[chunk.clamp_min(0)]).view(x.shape)
         after = None

@@ -24,6 +24,7 @@ MIXERS = Registry(
         "s4_ptd": "seqmodels.mixers.s4_ptd:S4PTD",
         "s4_dplr": "seqmodels.mixers.s4_dplr:S4DPLR",
         "s5": "seqmodels.mixers.s5:S5",
+        "workspace": "seqmodels.mixers.workspace:Workspace",
         "hydra_diag": "seqmodels.mixers.hydra_diagonal:HydraDiagonal",
     },
 )

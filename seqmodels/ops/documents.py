@@ -91,7 +91,7 @@ class AlignedBlocks(NamedTuple):
         used: (T,) False for spare blocks.
         first: (T,) True where a block is its document's first here (and in unused blocks).
         last: (documents,) each document's last block here; 0 for empty documents.
-        block_of_token: (batch * length,) the row of each token, -1 on padding.
+        slot_of_token: (batch * length,) where each token stands in the flattened (T, S), -1 on padding.
     """
 
     token: Tensor
@@ -101,7 +101,7 @@ class AlignedBlocks(NamedTuple):
     used: Tensor
     first: Tensor
     last: Tensor
-    block_of_token: Tensor
+    slot_of_token: Tensor
 
 
 def aligned_blocks(
@@ -121,9 +121,9 @@ def aligned_blocks(
     index = chunks.token - starts[chunks.document][:, None]  # among the new tokens, negative for the past
     position = torch.where(chunks.valid, index + seen[chunks.document][:, None], 0)
     token = torch.where(chunks.valid & (index >= 0), chunks.token, -1)
-    row = torch.arange(token.shape[0], device=device)[:, None].expand_as(token)
-    block_of_token = torch.full((tokens + 1,), -1, device=device)  # one more, for the slots without a token
-    block_of_token = block_of_token.scatter(0, torch.where(token < 0, tokens, token).flatten(), row.flatten())[:-1]
+    slot = torch.arange(token.numel(), device=device)
+    slot_of_token = torch.full((tokens + 1,), -1, device=device)  # one more, for the slots without a token
+    slot_of_token = slot_of_token.scatter(0, torch.where(token < 0, tokens, token).flatten(), slot)[:-1]
     return AlignedBlocks(
-        token, position, chunks.valid, chunks.document, chunks.valid.any(1), chunks.first, chunks.last, block_of_token
+        token, position, chunks.valid, chunks.document, chunks.valid.any(1), chunks.first, chunks.last, slot_of_token
     )

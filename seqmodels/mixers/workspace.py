@@ -1,0 +1,270 @@
+"""A small memory of slots that a document writes segment by segment and reads from the next segment on."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from seqmodels.layout import Layout
+from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_positive
+from seqmodels.ops.documents import AlignedBlocks, aligned_blocks
+from seqmodels.ops.linear_recurrence import linear_recurrence
+from seqmodels.ops.registration import state_dtype
+from seqmodels.state import State
+
+_FLOOR = -1e30  # below every score, and finite: no NaN in differences
+
+
+class WorkspaceState(State):
+    """The slots, and what the open segment has gathered for them so far."""
+
+    slots: Tensor  # (batch, slots, d_model)
+    largest: Tensor  # (batch, slots), the largest write score, -1e30 before the first
+    mass: Tensor  # (batch, slots), sum of exp(score - largest)
+    gathered: Tensor  # (batch, slots, rank), the same sum of the gated values
+    position: Tensor  # (batch,) int64
+
+
+class _Sums(NamedTuple):
+    """An online softmax over tokens, for each slot: (..., slots), (..., slots), (..., slots, rank)."""
+
+    largest: Tensor
+    mass: Tensor
+    gathered: Tensor
+
+
+class Workspace(Mixer):
+    r"""Slots W (num_slots, d_model) that segment c reads as its predecessors left them.
+
+    .. code-block:: text
+
+        read    q = W_q u_t,  k_m = W_k N(W_c[m]),  v_m = W_v N(W_c[m])
+                y_t = sigmoid(w_r . u_t - 2) W_o sum_m softmax_m(q . k_m / sqrt(rank)) v_m
+        write   l[m, t] = A_m . (W_k2 u_t) / sqrt(rank),    a = softmax of l over the segment's tokens
+                candidate[m] = W_o2 sum_t a[m, t] sigmoid(w_w . u_t - 1) (W_v2 u_t)
+                e_m = logsumexp_t l[m, t] - log segment,    z_m = sigmoid(e_m - 2) for the ``active`` largest e, else 0
+                W_{c+1}[m] = (1 - z_m) W_c[m] + z_m candidate[m]
+
+    with N a root mean square norm and W_0 learned. What is written does not depend on W, so the segments are
+    a diagonal linear recurrence; a token sees completed segments alone, so the layer is causal. W is
+    carried in the state from window to window of a document and is W_0 where a document begins
+    (Hydra, arXiv:2508.15099, names a workspace; these equations are ours).
+
+    Args:
+        d_model: width.
+        num_slots: slots.
+        rank: width of queries, keys and values.
+        active: slots that a segment may write.
+        segment: tokens of a segment, counted from the document's first.
+
+    State: float32; see :class:`WorkspaceState`.
+
+    ``aux``: ``read_gate`` and ``write_gate``, means over the tokens; ``update``, the mean of z over whole segments.
+
+    Raises:
+        ValueError: sizes below 1, or more active slots than there are.
+    """
+
+    parameter_hints: ClassVar[dict[str, ParameterHint]] = {"initial_slots": ParameterHint(weight_decay=0.0)}
+    residual_outputs: ClassVar[tuple[str, ...]] = ("read_out.weight",)
+
+    def __init__(
+        self, d_model: int, *, num_slots: int = 64, rank: int = 128, active: int = 32, segment: int = 128
+    ) -> None:
+        super().__init__(d_model)
+        name = type(self).__name__
+        check_positive(name, num_slots=num_slots, rank=rank, active=active, segment=segment)
+        if active > num_slots:
+            raise ValueError(f"{name}: active is {active} of num_slots={num_slots}; expected at most all")
+        self.num_slots, self.rank, self.active, self.segment = num_slots, rank, active, segment
+        self.read_query = nn.Linear(d_model, rank, bias=False)
+        self.read_key = nn.Linear(d_model, rank, bias=False)
+        self.read_value = nn.Linear(d_model, rank, bias=False)
+        self.read_out = nn.Linear(rank, d_model, bias=False)
+        self.write_key = nn.Linear(d_model, rank, bias=False)
+        self.write_value = nn.Linear(d_model, rank, bias=False)
+        self.write_out = nn.Linear(rank, d_model, bias=False)
+        self.read_gate = nn.Linear(d_model, 1, bias=False)
+        self.write_gate = nn.Linear(d_model, 1, bias=False)
+        self.initial_slots = nn.Parameter(torch.empty(num_slots, d_model))
+        self.addresses = nn.Parameter(torch.empty(num_slots, rank))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws W_0 from N(0, 0.01^2) and the addresses from N(0, 1)."""
+        self.initial_slots.normal_(std=0.01)
+        self.addresses.normal_()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: WorkspaceState | None = None,
+        *,
+        layout: Layout | None = None,
+        return_state: bool = False,
+    ) -> MixerOutput:
+        self.check_input(x, state, layout)
+        documents = x.shape[0] if layout is None else layout.num_documents
+        if state is not None:
+            self.check_state(state, documents)
+        before = self._initial(documents, x.dtype) if state is None else state
+        starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
+        blocks = aligned_blocks(starts, lengths, before.position, x.shape[0], x.shape[1], self.segment)
+        flat = x.flatten(0, 1)
+        held = blocks.token >= 0
+        rows = torch.where(held[..., None], flat[blocks.token.clamp_min(0)], 0)  # (blocks, segment, d_model)
+        sums, write_gate = self._gather(rows, held, before, blocks)
+        whole = blocks.filled.all(1)
+        keep, update = self._update(sums, whole)
+        after, _ = linear_recurrence(
+            keep[..., None].expand_as(update).flatten(1)[None], update.flatten(1)[None],
+            initial_state=before.slots.flatten(1), layout=_segments(blocks, before.position),
+        )  # fmt: skip
+        after = after[0].view_as(update)
+        slots = torch.where(
+            blocks.first[:, None, None], before.slots[blocks.document], torch.cat([after[:1], after[:-1]])
+        )
+        y, read_gate = self._read(rows, slots)
+        picked = y.flatten(0, 1)[blocks.slot_of_token.clamp_min(0)]
+        valid = blocks.slot_of_token >= 0
+        y = torch.where(valid[:, None], picked, 0).view(x.shape)
+        aux = {
+            "read_gate": _mean(read_gate, held),
+            "write_gate": _mean(write_gate, held),
+            "update": _mean(1 - keep, (whole & blocks.used)[:, None].expand_as(keep)),
+        }
+        final = None
+        if return_state:
+            lengths = torch.full_like(before.position, x.shape[1]) if lengths is None else lengths
+            final = self._after(before, blocks, sums, after, whole, lengths)
+        return MixerOutput(y, final, aux)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: WorkspaceState) -> Tensor:
+        y, _ = self._read(x_t.unsqueeze(1), state.slots)
+        score, value, _ = self._write(x_t)
+        largest = torch.maximum(state.largest, score)
+        old, new = (state.largest - largest).exp(), (score - largest).exp()
+        mass = state.mass * old + new
+        gathered = state.gathered * old[..., None] + new[..., None] * value.unsqueeze(1)
+        state.position += 1
+        ends = (state.position % self.segment == 0)[:, None]
+        keep, update = self._update(_Sums(largest, mass, gathered), ends[:, 0])
+        state.slots.copy_(keep[..., None] * state.slots + update)
+        state.largest.copy_(torch.where(ends, _FLOOR, largest))
+        state.mass.copy_(torch.where(ends, 0, mass))
+        state.gathered.copy_(torch.where(ends[..., None], 0, gathered))
+        return y.squeeze(1)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WorkspaceState:
+        initial = self._initial(batch_size, dtype or self.initial_slots.dtype).detach()
+        return initial.map(lambda tensor: tensor.to(device or tensor.device, copy=True).contiguous())
+
+    def flops(self, length: int) -> int:
+        per_token = 4 * self.d_model * self.rank + 4 * self.num_slots * self.rank  # as counted in MACs: q, o, k2, v2
+        segments = math.ceil(length / self.segment)
+        return 2 * (length * per_token + segments * self.num_slots * 3 * self.d_model * self.rank)
+
+    def _initial(self, documents: int, dtype: torch.dtype) -> WorkspaceState:
+        carried, device = state_dtype(dtype), self.initial_slots.device
+        sums = torch.zeros(documents, self.num_slots, dtype=carried, device=device)
+        return WorkspaceState(
+            self.initial_slots.to(carried).expand(documents, -1, -1),
+            sums + _FLOOR,
+            sums,
+            torch.zeros(documents, self.num_slots, self.rank, dtype=carried, device=device),
+            torch.zeros(documents, dtype=torch.int64, device=device),
+        )
+
+    def _read(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, tokens, d_model) inputs of n segments and their slots (n, num_slots, d_model): outputs and gates."""
+        normed = rms_norm(slots, (self.d_model,)).to(rows.dtype)
+        key, value = self.read_key(normed), self.read_value(normed)
+        logits = self.read_query(rows) @ key.mT / math.sqrt(self.rank)
+        read = logits.softmax(-1, dtype=state_dtype(rows.dtype)).to(value.dtype) @ value
+        gate = torch.sigmoid(self.read_gate(rows) - 2)
+        return gate * self.read_out(read), gate.squeeze(-1)
+
+    def _write(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (..., slots) and gated values (..., rank) in float32, and the gates."""
+        dtype = state_dtype(rows.dtype)
+        score = (self.write_key(rows) @ self.addresses.to(rows.dtype).T / math.sqrt(self.rank)).to(dtype)
+        gate = torch.sigmoid(self.write_gate(rows) - 1)
+        return score, (gate * self.write_value(rows)).to(dtype), gate.squeeze(-1)
+
+    def _gather(
+        self, rows: Tensor, held: Tensor, before: WorkspaceState, blocks: AlignedBlocks
+    ) -> tuple[_Sums, Tensor]:
+        """The sums of each segment, those of the past included where a document goes on inside one."""
+        score, value, gate = self._write(rows)
+        score = score.masked_fill(~held[..., None], _FLOOR)
+        inside = blocks.first & (before.position[blocks.document] % self.segment > 0)
+        carried = _Sums(before.largest[blocks.document], before.mass[blocks.document], before.gathered[blocks.document])
+        old = torch.where(inside[:, None], carried.largest, _FLOOR)
+        largest = torch.maximum(score.amax(1), old).detach()  # it cancels: no gradient passes through it
+        weight = (score - largest[:, None]).exp() * held[..., None]
+        scale = (old - largest).exp() * inside[:, None]
+        mass = weight.sum(1) + scale * carried.mass
+        gathered = weight.mT @ value + scale[..., None] * carried.gathered
+        return _Sums(largest, mass, gathered), gate
+
+    def _update(self, sums: _Sums, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - z (n, slots) and z candidate (n, slots, d_model); z = 0 for a segment that is not whole."""
+        mass = sums.mass.clamp_min(torch.finfo(sums.mass.dtype).tiny)
+        evidence = sums.largest + mass.log() - math.log(self.segment)
+        chosen = torch.zeros_like(evidence).scatter(-1, evidence.topk(self.active, dim=-1).indices, 1.0)
+        z = torch.sigmoid(evidence - 2) * chosen * whole[:, None]
+        with torch.autocast(mass.device.type, enabled=False):
+            candidate = (sums.gathered / mass[..., None]) @ self.write_out.weight.to(mass.dtype).T
+        return 1 - z, z[..., None] * candidate
+
+    def _after(
+        self,
+        before: WorkspaceState,
+        blocks: AlignedBlocks,
+        sums: _Sums,
+        after: Tensor,
+        whole: Tensor,
+        lengths: Tensor,
+    ) -> WorkspaceState:
+        last, empty = blocks.last, lengths == 0
+        ended = whole[last]
+
+        def pick(new: Tensor, old: Tensor, closed: float | None = None) -> Tensor:
+            shape = (-1, *[1] * (old.dim() - 1))
+            value = new[last] if closed is None else torch.where(ended.view(shape), closed, new[last])
+            return torch.where(empty.view(shape), old, value)
+
+        return WorkspaceState(
+            pick(after, before.slots),
+            pick(sums.largest, before.largest, _FLOOR),
+            pick(sums.mass, before.mass, 0.0),
+            pick(sums.gathered, before.gathered, 0.0),
+            before.position + lengths,
+        )
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
+
+
+def _segments(blocks: AlignedBlocks, documents: Tensor) -> Layout:
+    """The blocks of every document as a layout of one row; ``documents`` has one entry for each."""
+    used, index = blocks.used, torch.arange(blocks.used.shape[0], device=documents.device)
+    count = torch.zeros_like(documents).index_add(0, blocks.document, used.long())
+    first = torch.where(count > 0, blocks.last - count + 1, used.shape[0])
+    document = torch.where(used, blocks.document, -1)
+    position = torch.where(used, index - first[blocks.document], 0)
+    return Layout(first, count, document[None], position[None])
