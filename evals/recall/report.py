@@ -85,18 +85,20 @@ def _suite_page(suite: str, points: list[Point], rows: Sequence[Mapping[str, Any
 
 
 def _plan(suite: str, plan: str, points: Sequence[Point]) -> Iterator[str]:
-    tests = list(points[0].chosen[0].test)
-    several = tests if len(tests) > 1 else []
+    several = _test_columns(points[0].about["cell"]["task"], list(points[0].chosen[0].test))
     shape = {(point.d_model, point.depth) for point in points}
+    known = any(published(suite, plan, point.about["published"], point.d_model) is not None for point in points)
     header = [
         "arm", *(["d_model, depth"] if len(shape) > 1 else []), "parameters", "state bytes", "without convolutions",
-        "tokens/s", "accuracy", "seeds", *several, "chosen", "ended", "published",
+        "tokens/s", "accuracy", "seeds", *several, "chosen", "ended", *(["published"] if known else []),
     ]  # fmt: skip
     yield from (f"### {plan}", "")
-    yield from markdown_table(header, (_cells(suite, plan, point, len(shape) > 1, several) for point in points))
+    yield from markdown_table(header, (_cells(suite, plan, point, len(shape) > 1, several, known) for point in points))
     cell = points[0].about["cell"]
     training = cell["training"]
-    limit = f", at most {training['seconds']:g} s of processor time" if training["seconds"] else ""
+    limit = (
+        f", at most {training['seconds']:g} s of processor time, data and tests included" if training["seconds"] else ""
+    )
     yield from (
         "",
         f"Trained on {sum(data['count'] for data in cell['train']):,} examples, at most {training['epochs']} epochs of "
@@ -106,7 +108,20 @@ def _plan(suite: str, plan: str, points: Sequence[Point]) -> Iterator[str]:
     )
 
 
-def _cells(suite: str, plan: str, point: Point, shaped: bool, tests: Sequence[str]) -> list[str]:
+def _test_columns(task: str, tests: Sequence[str]) -> dict[str, list[str]]:
+    """Columns beside the mean: a test set each; of set disjointness, which list came first."""
+    if task != "set_disjointness":
+        return {test: [test] for test in tests} if len(tests) > 1 else {}
+    columns: dict[str, list[str]] = {"short list first": [], "long list first": []}
+    for test in tests:
+        sizes = dict(part.split("=") for part in test.split(","))
+        columns["short list first" if int(sizes["first"]) < int(sizes["second"]) else "long list first"].append(test)
+    return columns
+
+
+def _cells(
+    suite: str, plan: str, point: Point, shaped: bool, tests: Mapping[str, Sequence[str]], known: bool
+) -> list[str]:
     number = published(suite, plan, point.about["published"], point.d_model)
     source = SOURCES.get(suite)
     marked = "" if number is None else f"{number:.2f}{' (plot)' if source and source.from_plot else ''}"
@@ -120,10 +135,13 @@ def _cells(suite: str, plan: str, point: Point, shaped: bool, tests: Sequence[st
         f"{point.tokens_per_second:,.0f}",
         f"{point.score:.3f}{spread}",
         str(len(point.chosen)),
-        *(f"{statistics.fmean(run.test[test] for run in point.chosen):.3f}" for test in tests),
+        *(
+            f"{statistics.fmean(run.test[test] for run in point.chosen for test in group):.3f}"
+            for group in tests.values()
+        ),
         point.about["choice"],
         ", ".join(f"{run.about['ended']} ({run.about['epochs']})" for run in point.chosen),
-        marked,
+        *([marked] if known else []),
     ]
 
 

@@ -131,7 +131,8 @@ def judge(points: Iterable[Point]) -> list[tuple[str, bool]]:
             continue
         where = f"{point.suite}/{point.plan}/{point.arm} d={point.d_model}"
         if control == "solves":
-            text = f"{where}: {point.score:.3f}, mean of {len(point.chosen)} seeds; at least {SOLVED} expected"
+            seeds = f"{len(point.chosen)} seed{'s' if len(point.chosen) > 1 else ''}"
+            text = f"{where}: {point.score:.3f}, mean of {seeds}; at least {SOLVED} expected"
             verdicts.append((text, point.score >= SOLVED))
         else:
             best = max(run.score for run in point.runs)

@@ -496,12 +496,29 @@ def test_page(tmp_path):
         results.write("speed/mqar/attention", metric, value, "x", layer="attention", seed=0, config=config)
     page = write_report(tmp_path / "page", [tmp_path / "out"]).read_text()
     assert "| attention | 1,234 | 512 | 256 | 100,000 | 1.000 +- 0.000 | 2 | 1.000 | 1.000 |" in page
+    assert "published" not in page
     assert "Control holds: tiny/mqar/gated_conv d=16: best 0.050 of 2 runs" in page
     assert "### Means over each task's variations" in page
     assert "| attention | 2 | 2.50 | 1.20 | 0.5 |" in page
     assert (tmp_path / "page" / "tiny.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError, match="no finished recall runs"):
         write_report(tmp_path / "page", [tmp_path / "nothing"])
+
+
+def test_set_disjointness_is_shown_by_the_order_of_its_lists(tmp_path):
+    data = edited("tasks", {"set_disjointness": {
+        "train": [{"count": 8, "settings": {"first": 2, "second": 3}}],
+        "test": [{"count": 8, "settings": {"first": a, "second": b}} for a, b in ((2, 5), (2, 9), (9, 2))],
+    }})  # fmt: skip
+    data["control_tasks"] = []
+    results = Results(tmp_path / "out", "recall")
+    scores = {"first=2,second=5": 1.0, "first=2,second=9": 0.8, "first=9,second=2": 0.3}
+    for cell in tiny(tmp_path, data)[1]:
+        assert labels_of(cell.test, cell.task) == list(scores)
+        runner.write_rows(results, cell, outcome(test=scores))
+    page = write_report(tmp_path / "page", [tmp_path / "out"]).read_text()
+    assert "| seeds | short list first | long list first | chosen |" in page
+    assert "| 0.700 +- 0.000 | 2 | 0.900 | 0.300 |" in page
 
 
 def test_published_numbers():
