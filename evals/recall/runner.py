@@ -33,7 +33,7 @@ def run(
         write=lambda rows, cell, outcome: write_rows(rows, cell, Outcome(**outcome)),
         collect=collect,
         about=lambda cell: {"plan": cell.plan, "arm": cell.arm},
-        environment=(lambda slot: {"CUDA_VISIBLE_DEVICES": str(slot % gpus)}) if gpus else lambda slot: {},
+        environment=(lambda slot: one_gpu(slot, gpus)) if gpus else lambda slot: {},
     )  # fmt: skip
     display.plan(cells)
     found = sweep.run(cells)
@@ -47,6 +47,13 @@ def run(
         for digest, run in found.items()
     ]
     return runs, len(found) == len(cells), sweep.usage
+
+
+def one_gpu(slot: int, gpus: int) -> dict[str, str]:
+    """The environment in which the process of ``slot`` sees one of the ``gpus`` that this process sees."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(gpus)]
+    return {"CUDA_VISIBLE_DEVICES": names[slot % gpus]}
 
 
 def check(cells: list[Cell]) -> None:

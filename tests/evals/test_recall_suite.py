@@ -411,6 +411,13 @@ def test_a_sweep_runs_every_cell_once_and_keeps_what_finished(tmp_path, scripted
     assert usage.wall == 0
 
 
+def test_each_slot_sees_one_of_the_gpus_given(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [runner.one_gpu(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    assert [runner.one_gpu(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["2", "GPU-5", "2"]
+
+
 def test_a_killed_sweep_goes_on_and_a_half_written_row_is_cut(tmp_path, scripted):
     scripted("sys.exit('no memory') if cell['seed'] else None")
     _, cells = tiny(tmp_path)
