@@ -102,6 +102,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
         "plain": dict(num_experts=4, experts_per_token=2, d_hidden=8, chunk_size=4),
         "by token": dict(num_experts=3, experts_per_token=1, d_hidden=6, chunk_size=1, balance="bias", z_weight=0.0),
     },
+    "product_key_memory": {
+        "plain": dict(num_heads=2, top_k=3, query_dim=8, num_subkeys=6, value_dim=5, dropout=0.0),
+    },
     "swiglu": {"plain": dict(multiple_of=8)},
     "glu": {"plain": dict(), "half": dict(gate="half_glu2")},
     "mlp": {"plain": dict(), "gated": dict(gated=True, bias=True)},

@@ -17,6 +17,7 @@ CHANNELS = Registry(
         "swiglu": "seqmodels.channel.swiglu:SwiGLU",
         "mlp": "seqmodels.channel.mlp:MLP",
         "chunk_moe": "seqmodels.channel.chunk_moe:ChunkMoE",
+        "product_key_memory": "seqmodels.channel.product_key_memory:ProductKeyMemory",
         "glu": "seqmodels.channel.glu:GLU",
     },
 )

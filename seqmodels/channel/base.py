@@ -27,11 +27,15 @@ class TokenwiseChannel(Mixer):
         self, x: Tensor, state: Any = None, *, layout: Layout | None = None, return_state: bool = False
     ) -> MixerOutput:
         self.check_input(x, state, layout)
+        self.check_empty(state)
+        return MixerOutput(self.transform(x), EmptyState() if return_state else None)
+
+    def check_empty(self, state: Any) -> None:
+        """Refuses the state of another layer."""
         if state is not None and not isinstance(state, EmptyState):
             raise TypeError(
                 f"{type(self).__name__} has no state; got {type(state).__name__}, expected EmptyState or None"
             )
-        return MixerOutput(self.transform(x), EmptyState() if return_state else None)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: EmptyState) -> Tensor:
