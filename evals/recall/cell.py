@@ -29,6 +29,7 @@ from seqmodels.tasks.shuffle import permutation
 from seqmodels.training.config import OptimizerConfig
 from seqmodels.training.optimizer import make_optimizer, set_learning_rate
 
+ROWS, BATCHES = 2, 3  # streams of the order of rows and of batches
 TOKENS_AT_ONCE = 1 << 15  # of evaluation
 CONVOLUTIONS = ("conv", "inputs")  # state fields that hold a convolution's last inputs
 
@@ -131,7 +132,7 @@ class Trainer:
         )
         self.compiled = torch.compile(self._loss) if self.plan.compile else self._loss
         self.train_seconds, self.tokens, self.steps = 0.0, 0, 0
-        self.total = self.plan.epochs * sum(1 for _ in self._batches(0, count_only=True))
+        self.total = self.plan.epochs * len(self._places())
 
     def outcome(self) -> Outcome:
         history: list[float] = []
@@ -195,20 +196,31 @@ class Trainer:
         self.train_seconds += self.clock() - began
         return mean, in_time
 
-    def _batches(self, epoch: int, count_only: bool = False) -> Iterator[Any]:
-        """The rows of an epoch. The last batch of a set may be smaller."""
-        size = self.plan.batch_size
-        for index, data in enumerate(self.train):
-            order = None
-            if self.plan.shuffle and not count_only:
-                order = torch.from_numpy(permutation(self.cell.seed, 2, epoch, index, count=len(data))).to(
-                    self.cell.device
+    def _batches(self, epoch: int) -> Iterator[Resident]:
+        """The batches of an epoch, each of one data set, whose last one may be smaller.
+
+        Shuffled, rows change places within their set, and batches of several sets are mixed.
+        """
+        size, shuffle = self.plan.batch_size, self.plan.shuffle
+        places = self._places()
+        orders: list[Tensor | None] = [None] * len(self.train)
+        if shuffle:
+            orders = [
+                torch.from_numpy(permutation(self.cell.seed, ROWS, epoch, index, count=len(data))).to(
+                    data.tokens.device
                 )
-            for at in range(0, len(data), size):
-                if count_only:
-                    yield at
-                else:
-                    yield data.rows(slice(at, at + size) if order is None else order[at : at + size])
+                for index, data in enumerate(self.train)
+            ]
+            if len(self.train) > 1:
+                places = [places[at] for at in permutation(self.cell.seed, BATCHES, epoch, count=len(places))]
+        for index, at in places:
+            order = orders[index]
+            yield self.train[index].rows(slice(at, at + size) if order is None else order[at : at + size])
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Of each batch its data set and first row."""
+        size = self.plan.batch_size
+        return [(index, at) for index, data in enumerate(self.train) for at in range(0, len(data), size)]
 
     def _hidden(self, batch: Resident) -> tuple[Tensor, dict[str, Tensor]]:
         """(rows, labels, d_model) at the labelled positions, and the layers' losses and metrics."""

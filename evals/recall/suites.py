@@ -43,7 +43,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epochs: at most; ``stop_above`` ends a run after an epoch whose test accuracy exceeds it.
         schedule: ``epoch_cosine`` sets the rate once an epoch, falling to 0 after the last;
             ``step_cosine`` falls every step to ``final_fraction``; ``constant`` stays.
-        shuffle: a new order each epoch. Without it the training sets are served in order, as they are.
+        shuffle: a new order of rows, and of the batches of several training sets, each epoch. Without it the
+            sets are served in order, as they are.
         fresh: new examples each epoch instead of the same ones.
         evaluate_every: epochs between evaluations.
         seconds: of processor time on a CPU, of wall time on a GPU, data and tests included, after which a run

@@ -298,6 +298,18 @@ def test_fresh_examples_and_the_order_of_batches(tmp_path):
     assert ordered(second) != ordered(data)
 
 
+def test_batches_of_several_sets_are_mixed_and_none_is_lost(tmp_path):
+    cell = solvable(tmp_path)
+    sets = tuple(msgspec.structs.replace(cell.train[0], count=count) for count in (20, 17, 9))
+    trainer = Trainer(msgspec.structs.replace(cell, train=sets), lambda message: None)
+    found = [len(batch) for batch in trainer._batches(0)]
+    assert sorted(found) == [1, 1, 4, 8, 8, 8, 8, 8]
+    assert len(found) == trainer.total // 40
+    assert found != [len(batch) for batch in trainer._batches(1)]
+    trainer.plan = msgspec.structs.replace(trainer.plan, shuffle=False)
+    assert [len(batch) for batch in trainer._batches(0)] == [8, 8, 4, 8, 8, 1, 8, 1]
+
+
 def test_test_sets_do_not_depend_on_the_seed(tmp_path):
     cells = tiny(tmp_path)[1]
     assert {cell.seed for cell in cells} == {0, 1}
