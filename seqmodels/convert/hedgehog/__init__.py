@@ -10,7 +10,7 @@ except ImportError as error:
     ) from error
 if not (5, 20) <= tuple(int(part) for part in _version.split(".")[:2]) < (6, 0):
     raise ImportError(
-        f"transformers {_version} is installed; conversion is tested with 5.20 to 5.23, and attention modules and caches "
+        f"transformers {_version} is installed; conversion is tested with 5.20 and 5.23, and attention and caches "
         "differ from version to version: pip install 'transformers>=5.20,<6'"
     )
 

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
-from seqmodels.configuration import convert, differences, dump_yaml, load_yaml
+from seqmodels.configuration import dump_yaml
 from seqmodels.convert.files import ConversionError, check_new, new_folder
 from seqmodels.convert.hedgehog import measures, pictures, report
 from seqmodels.convert.hedgehog.cores import ablated
@@ -28,6 +27,7 @@ from seqmodels.convert.hedgehog.finetuning import add_trainable, check_peft, mer
 from seqmodels.convert.hedgehog.models import check_swap, load_original, swap_attention
 from seqmodels.convert.hedgehog.progress import Progress
 from seqmodels.convert.hedgehog.settings import ConversionSettings
+from seqmodels.convert.hedgehog.work import open_work
 from seqmodels.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -35,7 +35,6 @@ from seqmodels.training.checkpoint import (
     generator_states,
     list_checkpoints,
     load_checkpoint,
-    remove_leftovers,
     restore_generators,
     save_checkpoint,
 )
@@ -85,36 +84,12 @@ def convert_model(
     return conversion.summary()
 
 
-def open_work(final: Path, settings: ConversionSettings, resume: bool) -> Path:
-    """``OUT.partial`` with the settings in it; one without a checkpoint is as good as none."""
-    work = final.with_name(f"{final.name}.partial")
-    path = work / "settings.yaml"
-    if path.exists() and list_checkpoints(work):
-        if not resume:
-            raise ConversionError(
-                f"{work} holds an unfinished conversion; go on with it (--resume), delete it, or name another OUT"
-            )
-        changed = differences(_binding(load_settings(path)), _binding(settings))
-        if changed:
-            raise ConversionError(
-                f"{work} holds a conversion with other settings; in it, against those given:\n  "
-                + "\n  ".join(changed)
-                + "\nGo on with its own settings, or name another OUT"
-            )
-        remove_leftovers(work)
-        return work
-    work.mkdir(parents=True, exist_ok=True)
-    temporary = work / ".settings.yaml"
-    temporary.write_text(dump_yaml(settings))
-    temporary.replace(path)
-    return work
-
-
 class Conversion:
     """The pieces of one conversion.
 
     Attributes:
         measured: scores, fidelity tables and histories so far; saved with every checkpoint.
+        checkpoint: where to go on from, until that is done: ``stage`` and ``step`` are its own.
     """
 
     def __init__(self, settings: ConversionSettings, work: Path, progress: Progress) -> None:
@@ -133,6 +108,7 @@ class Conversion:
         self.held_out = self.data.held_out()
         nn.Module.to(original, self.here.device)  # transformers wraps its own .to in a type that checkers misread
         self.measured: dict[str, Any] = {"scores": {}, "fidelity": {}, "history": {"1": [], "2": []}}
+        self.stage, self.step = 1, 0
         latest = list_checkpoints(work)
         self.checkpoint = latest[-1] if latest else None
         if self.checkpoint is None:
@@ -150,15 +126,14 @@ class Conversion:
 
     def run(self) -> None:
         """What is left of the measurements and of both stages."""
-        stage = self.stage if self.checkpoint is not None else 1
         linear = self.settings.attention.kind != "softmax"
         if self.checkpoint is None:
             self._measure_score("swapped", self.model)
             if linear:
                 self._measure_fidelity("swapped")
-        if stage == 1:
-            self._distil()
-            if self.settings.first_stage:
+        if self.stage == 1:
+            if self.settings.first_stage and self.model.maps():
+                self._distil()
                 self._measure_score("distilled", self.model)
                 self._measure_fidelity("distilled")
             if linear:
@@ -191,11 +166,8 @@ class Conversion:
     def _distil(self) -> None:
         settings = self.settings.distillation
         self.model.requires_grad_(False)
-        maps = self.model.maps()
-        for parameter in maps.values():
+        for parameter in self.model.maps().values():
             parameter.requires_grad_(True)
-        if not maps or not self.settings.first_stage:
-            return
         observer = Distillation(settings.loss, self.model.config.num_hidden_layers)
         self.model.eval()
 
@@ -300,14 +272,3 @@ class Conversion:
                 batches.append(type(batch)(batch.tokens[:rows], batch.targets[:rows]))
                 rows -= len(batch.tokens)
         self.measured["fidelity"][name] = measures.fidelity(self.model, batches, self.here.device)
-
-
-def load_settings(path: Path) -> ConversionSettings:
-    """Settings from a YAML file."""
-    return convert(load_yaml(path), ConversionSettings)
-
-
-def _binding(settings: ConversionSettings) -> dict[str, Any]:
-    """The settings that decide a number of the result."""
-    free = {"device", "checkpoint_every"}
-    return {name: value for name, value in msgspec.to_builtins(settings).items() if name not in free}
