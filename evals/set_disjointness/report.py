@@ -89,7 +89,15 @@ def _page(suite: str, found: list[Point], target: Path) -> Iterator[str]:
         "",
     )
     sizes = list(runs[0].accuracy)
-    header = ["mixer", "d", "f", "state", "parameters", *ORDERS, "order costs, every seed"]
+    header = [
+        "mixer",
+        "d",
+        "f",
+        "state",
+        "parameters",
+        *(o.replace("|", "\\|") for o in ORDERS),
+        "order costs, every seed",
+    ]
     header += [f"{a}, {b}" for a, b in sizes]
     yield from markdown_table(header, (_cells(point, sizes) for point in found))
     yield ""
