@@ -108,6 +108,7 @@ class TextGenerator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         stop: Sequence[str] = (),
+        max_prompt_tokens: int | None = None,
     ) -> Iterator[list[str]]:
         """Yields the new text of every prompt, step by step (empty where nothing has become final).
 
@@ -117,14 +118,17 @@ class TextGenerator:
             sampling: greedy by default.
             seed: the same seed gives the same text.
             stop: a text ends before the first of these strings.
+            max_prompt_tokens: of a longer prompt the last tokens are read, behind the separator, which counts.
         """
+        if max_prompt_tokens is not None and max_prompt_tokens < 2:
+            raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}; expected the separator and at least 1 token")
         for row, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {row} is empty; give at least one character")
         if any(not text for text in stop):
             raise ValueError("a stop string is empty; it would stop every text at once")
         separator = self.tokenizer.separator
-        ids = [self._ids(prompt) for prompt in prompts]
+        ids = [self._ids(prompt, max_prompt_tokens) for prompt in prompts]
         streams = [TextStream(self.tokenizer, stop) for _ in prompts]
         finished = [False] * len(prompts)
         options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
@@ -142,10 +146,12 @@ class TextGenerator:
     def _repeats(self) -> bool:
         return self.reading.short_prompts == "repeat"
 
-    def _ids(self, prompt: str) -> list[int]:
+    def _ids(self, prompt: str, bound: int | None) -> list[int]:
         text = self.tokenizer.encode(prompt.encode()).tolist()
         if self._repeats and self.reading.is_short(1 + len(text)):
             text = self.tokenizer.encode(f"{prompt}\n{prompt}".encode()).tolist()
+        if bound is not None:
+            text = text[max(0, len(text) - (bound - 1)) :]
         return [self.tokenizer.separator, *text]
 
     def generate(self, prompts: Sequence[str], **options: object) -> list[str]:

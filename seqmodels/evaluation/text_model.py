@@ -1,0 +1,150 @@
+"""The protocol that every text evaluation asks of a model, and what opens one by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, token ids
+
+
+class TokenScores(NamedTuple):
+    """Of a continuation's tokens: ``log_probs`` (tokens,) float64 in nats; ``greedy`` (tokens,) bool, whether each
+    is the most likely token."""
+
+    log_probs: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def total(self) -> float:
+        return float(self.log_probs.sum())
+
+
+class TextModel(Protocol):
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        name: for tables.
+        identity: changes when weights or tokenizer do; results of another identity are refused.
+        prefix_token: id that stands before a text with no context; None where the tokenizer has none.
+        max_length: longest context in tokens, None where nothing bounds it.
+    """
+
+    name: str
+    identity: str
+    prefix_token: int | None
+    max_length: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = (), window: int | None = None
+    ) -> list[str]:
+        """Greedy continuations, each before its first stop string.
+
+        Args:
+            window: of a prompt and its answer; the prompt's last ``window - max_new_tokens`` tokens are read.
+        """
+        ...
+
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[TokenScores]:
+        """log p of every token of the continuations, each behind its context (at least one token)."""
+        ...
+
+
+def open_text_model(
+    name: str, *, device: str = "auto", dtype: str | None = None, batch_size: int = 8, tokenizer: str | None = None
+) -> TextModel:
+    """A model by name.
+
+    Args:
+        name: a run folder, a checkpoint or a saved model of ours (it has a ``config.yaml``), or ``hf:NAME``: a
+            Hugging Face causal language model, by hub name or folder.
+        device: ``auto`` takes CUDA when there.
+        dtype: of the weights; as stored when absent.
+        batch_size: prompts at a time; changes no result.
+        tokenizer: instead of the model's own.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    options = {"device": device, "dtype": dtype, "batch_size": batch_size, "tokenizer": tokenizer}
+    if name.startswith("hf:"):
+        from seqmodels.evaluation.hugging_face_model import HuggingFaceTextModel
+
+        return HuggingFaceTextModel(name.removeprefix("hf:"), **options)
+    if Path(name).is_dir() and not (Path(name) / "config.yaml").exists() and (Path(name) / "config.json").exists():
+        raise ValueError(f"{name} is a Hugging Face model's folder; write hf:{name}")
+    from seqmodels.evaluation.run_model import RunTextModel
+
+    return RunTextModel(name, **options)
+
+
+def fingerprint(*parts: str | Path) -> str:
+    """Digest of texts and of files' contents (names left out: a copied folder is the same model)."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                while piece := file.read(1 << 24):
+                    hasher.update(piece)
+        else:
+            hasher.update(part.encode())
+        hasher.update(b"\0")
+    return hasher.hexdigest()
+
+
+def by_length(lengths: Sequence[int], batch_size: int, *, equal: bool = False) -> Iterable[list[int]]:
+    """Indices in batches of similar (or ``equal``) lengths, longest first: the largest batch fits, or none does."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or (equal and lengths[batch[0]] != lengths[index])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def prompt_room(window: int | None, max_new_tokens: int) -> int | None:
+    """Tokens of a prompt that are read."""
+    if window is None:
+        return None
+    if window <= max_new_tokens:
+        raise ValueError(f"window={window} leaves no token of the prompt beside max_new_tokens={max_new_tokens}")
+    return window - max_new_tokens
+
+
+def check_pairs(pairs: Sequence[Pair]) -> None:
+    """ValueError for a context or continuation without a token."""
+    for index, (context, continuation) in enumerate(pairs):
+        if not len(context) or not len(continuation):
+            raise ValueError(
+                f"pair {index} has {len(context)} context and {len(continuation)} continuation tokens; expected at "
+                "least one of each (the model's prefix_token stands for an empty context)"
+            )
+
+
+def scores_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """log softmax(logits)[target] and whether the target is the most likely, ties to the lowest id.
+
+    Args:
+        logits: (tokens, vocab_size), read in float32 or float64.
+        targets: (tokens,).
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    log_probs = chosen - logits.logsumexp(1)
+    return log_probs.double().cpu().numpy(), (logits.argmax(1) == targets).cpu().numpy()
