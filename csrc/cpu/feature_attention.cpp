@@ -36,9 +36,8 @@ FiveTensors feature_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
   const FeatureTensors given(q, k, v, query_weight, key_weight, log_decay, initial_state, initial_log_scale,
                              feature_map, normalize, epsilon);
   const Documents documents(v.size(0), v.size(1), starts, lengths);
-  auto [grad_q, grad_k, grad_v, grad_log_decay, grad_past, grad_diagonal, grad_initial] =
-      differentiate(given.tensors, documents, grad_y, grad_final_state, y, denominator);
-  return {grad_q, grad_k, grad_v, grad_log_decay, grad_initial};
+  Gradients grad = differentiate(given.tensors, documents, grad_y, grad_final_state, y, denominator);
+  return {grad.q, grad.k, grad.v, grad.log_decay, grad.initial};
 }
 
 // q, k, v are (batch, 1, 1, groups, width): a sequence of one token.

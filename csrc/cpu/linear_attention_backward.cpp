@@ -21,20 +21,10 @@
 // product has its long side along vectors. dC is summed over the heads that share q and k before
 // it meets them: two products a group, not a head. Blocks of heads follow one another, which gives
 // sums over heads one order for any number of threads.
-#include "linear_attention_operands.h"
+#include "linear_attention_gradients.h"
 
 namespace seqmodels {
 namespace SEQMODELS_LEVEL {
-
-// V with a column of ones for the normaliser.
-template <class T>
-static void load_values(const LinearAttentionInputs<T>& in, int64_t row0, int64_t rows, int64_t head, float* v) {
-  const LinearAttentionShape& s = in.shape;
-  const int64_t stride = s.heads * s.value_dim, width = padded(s.state_width());
-  copy_rows(in.v + row0 * stride + head * s.value_dim, stride, rows, s.value_dim, v, width);
-  if (!s.normalize) return;
-  for (int64_t row = 0; row < rows; ++row) v[row * width + s.value_dim] = 1.0f;
-}
 
 // dY; with the normaliser divided by the divisor, and the divisor's gradient -dY . y / divisor behind it.
 template <class T>
@@ -253,37 +243,6 @@ static void finish_pair(const LinearAttentionShape& s, const Shared& shared, int
   }
 }
 
-// Rows of a gradient to memory: added to `sums` unless this is the group's first block of heads,
-// or, where one block is all there is, straight to the tensor.
-template <class T>
-static void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, float* sums,
-                       int64_t stride, bool add) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, columns - column), at = row * stride + column;
-      Vec value = load(from + row * from_stride + column);
-      if (sums) {
-        if (add) value += n == kLanes ? load(sums + at) : load(sums + at, n);
-        n == kLanes ? store(sums + at, value) : store(sums + at, value, n);
-      } else {
-        n == kLanes ? store(to + at, value) : store(to + at, value, n);
-      }
-    }
-  }
-}
-
-// What was gathered of one group, by way of its map, to memory.
-template <class T>
-static void finish_group(const LinearAttentionShape& s, int64_t rows, const float* u, const float* phi,
-                         const float* dphi, float* du, float* row, T* to, float* sums, int64_t stride, bool add) {
-  const int64_t width = s.gradient_width();
-  if (s.map == FeatureMap::none) {
-    return write_rows<T>(dphi, padded(s.key_dim), rows, width, to, sums, stride, add);
-  }
-  map_gradient(s.map, u, width, rows, phi, dphi, s.key_dim, row, du);
-  write_rows<T>(du, padded(width), rows, width, to, sums, stride, add);
-}
-
 template <class T>
 static void backward(const LinearAttentionInputs<T>& in, const LinearAttentionGradients<T>& out, int64_t token,
                      int64_t tokens, int64_t first, int64_t last, const float* states, const float* grad_states,
@@ -470,6 +429,8 @@ SEQMODELS_INSTANTIATE(bfloat16)
 namespace seqmodels {
 namespace {
 
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_state, Tensor q, Tensor k, Tensor v,
                                            std::optional<Tensor> log_decay, std::optional<Tensor> past,
                                            std::optional<Tensor> diagonal, std::optional<Tensor> initial_state,
@@ -477,7 +438,8 @@ SevenTensors linear_attention_backward_cpu(Tensor grad_y, Tensor grad_final_stat
                                            double epsilon, Tensor y, Tensor denominator) {
   const Tensors tensors(q, k, v, log_decay, past, diagonal, initial_state, normalize, epsilon);
   const Documents documents(v.size(0), v.size(1), starts, lengths);
-  return differentiate(tensors, documents, grad_y, grad_final_state, y, denominator);
+  Gradients grad = differentiate(tensors, documents, grad_y, grad_final_state, y, denominator);
+  return {grad.q, grad.k, grad.v, grad.log_decay, grad.past, grad.diagonal, grad.initial};
 }
 
 }  // namespace

@@ -153,13 +153,74 @@ void run_backward(const Tensors& tensors, const Documents& documents, const Line
   }
 }
 
-using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Gradients of the inputs, allocated: empty where there is no such input. Every element of a document is written;
+// padding, if there is any, is zero. Where every head has features of its own, those of q and k are float32
+// gradients of u, (batch, length, 1, H, map_width).
+struct Gradients {
+  Tensor q, k, v, log_decay, past, diagonal, initial;
 
-// Gradients of q, k, v, log_decay, past, diagonal and the initial state; empty where there is none of the last
-// four. Where every head has features of its own, those of q and k are float32 gradients of u, (batch, length,
-// 1, H, map_width).
-SevenTensors differentiate(const Tensors& tensors, const Documents& documents, const Tensor& grad_y,
-                           const Tensor& grad_final_state, const Tensor& y, const Tensor& denominator) {
+  Gradients(const Tensors& tensors, const Documents& documents)
+      : q(mapped(tensors, documents, tensors.q)), k(mapped(tensors, documents, tensors.k)),
+        v(clean(documents, torch::stable::empty_like(tensors.v))),
+        log_decay(optional(tensors, documents, tensors.log_decay)), past(optional(tensors, documents, tensors.past)),
+        diagonal(optional(tensors, documents, tensors.diagonal)),
+        initial(tensors.initial_state.has_value() ? torch::stable::empty_like(*tensors.initial_state) : none(tensors)),
+        sum_q_(q), sum_k_(k), shape_(tensors.shape), by_head_(tensors.by_head) {}
+
+  static float* data(const Tensor& tensor) {
+    return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr;
+  }
+
+  // Pointers for the kernels. A group that several blocks of heads share is summed in float32.
+  template <class T>
+  LinearAttentionGradients<T> pointers() {
+    LinearAttentionGradients<T> out{};
+    out.grad_v = static_cast<T*>(v.data_ptr());
+    out.grad_q = static_cast<T*>(q.data_ptr()), out.grad_k = static_cast<T*>(k.data_ptr());
+    out.sum_q = sums(sum_q_, q, shape_.query_groups), out.sum_k = sums(sum_k_, k, shape_.key_groups);
+    out.grad_log_decay = data(log_decay), out.grad_past = data(past), out.grad_diagonal = data(diagonal);
+    return out;
+  }
+
+  // Rounds such sums once.
+  void round() {
+    if (is_bfloat16(q) && sum_q_.data_ptr() != q.data_ptr()) copy(q, sum_q_);
+    if (is_bfloat16(k) && sum_k_.data_ptr() != k.data_ptr()) copy(k, sum_k_);
+  }
+
+ private:
+  Tensor sum_q_, sum_k_;
+  LinearAttentionShape shape_;
+  bool by_head_;
+
+  static Tensor none(const Tensors& tensors) { return torch::stable::new_empty(tensors.v, {0}, ScalarType::Float); }
+  static Tensor clean(const Documents& documents, Tensor tensor) {
+    if (documents.padding) torch::stable::zero_(tensor);
+    return tensor;
+  }
+  static Tensor optional(const Tensors& tensors, const Documents& documents, const std::optional<Tensor>& like) {
+    return like.has_value() ? clean(documents, torch::stable::empty_like(*like)) : none(tensors);
+  }
+  static Tensor mapped(const Tensors& tensors, const Documents& documents, const Tensor& like) {
+    if (!tensors.by_head) return clean(documents, torch::stable::empty_like(like));
+    const LinearAttentionShape& s = tensors.shape;
+    const std::vector<int64_t> sizes{like.size(0), like.size(1), 1, s.heads, s.map_width};
+    return clean(documents, torch::stable::new_empty(like, sizes, ScalarType::Float));
+  }
+  float* sums(Tensor& sum, const Tensor& grad, int64_t groups) const {
+    const bool shared_by_blocks = shape_.head_block % (shape_.heads / groups) != 0;
+    if (!shared_by_blocks && !by_head_) return nullptr;
+    if (is_bfloat16(grad)) sum = torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Float);
+    return static_cast<float*>(sum.data_ptr());
+  }
+  static void copy(Tensor& grad, const Tensor& sum) {
+    torch::stable::copy_(grad, torch::stable::view(sum, grad.sizes()));
+  }
+};
+
+[[maybe_unused]] Gradients differentiate(const Tensors& tensors, const Documents& documents, const Tensor& grad_y,
+                                         const Tensor& grad_final_state, const Tensor& y,
+                                         const Tensor& denominator) {
   const LinearAttentionShape& s = tensors.shape;
   const Tensor& v = tensors.v;
   tensors.check_state(documents.slots);
@@ -171,53 +232,14 @@ SevenTensors differentiate(const Tensors& tensors, const Documents& documents, c
                       (!s.normalize || denominator.numel() * s.value_dim == v.numel()) &&
                       grad_final_state.numel() == documents.slots * s.heads * s.key_dim * s.state_width(),
                   "gradients do not have the shapes of the outputs");
-  // Every element of a document is written; padding, if there is any, is zero.
-  const auto clean = [&](Tensor tensor) {
-    if (documents.padding) torch::stable::zero_(tensor);
-    return tensor;
-  };
-  const auto make = [&](const Tensor& like) { return clean(torch::stable::empty_like(like)); };
-  const auto make_optional = [&](const std::optional<Tensor>& like) {
-    return like.has_value() ? make(*like) : torch::stable::new_empty(v, {0}, ScalarType::Float);
-  };
-  const auto make_mapped = [&](const Tensor& like) {
-    if (!tensors.by_head) return make(like);
-    const std::vector<int64_t> sizes{v.size(0), v.size(1), 1, s.heads, s.map_width};
-    return clean(torch::stable::new_empty(v, sizes, ScalarType::Float));
-  };
-  Tensor grad_q = make_mapped(tensors.q), grad_k = make_mapped(tensors.k), grad_v = make(v);
-  Tensor grad_log_decay = make_optional(tensors.log_decay), grad_past = make_optional(tensors.past);
-  Tensor grad_diagonal = make_optional(tensors.diagonal);
-  Tensor grad_initial = tensors.initial_state.has_value() ? torch::stable::empty_like(*tensors.initial_state)
-                                                          : torch::stable::new_empty(v, {0}, ScalarType::Float);
-  const auto data = [](const Tensor& tensor) {
-    return tensor.numel() ? static_cast<float*>(tensor.data_ptr()) : nullptr;
-  };
-
+  Gradients made(tensors, documents);
   const auto run = [&](auto zero, const auto& kernels) {
     using T = decltype(zero);
-    LinearAttentionGradients<T> out{
-        static_cast<const T*>(grad_y.data_ptr()), static_cast<const T*>(y.data_ptr()),
-        static_cast<const float*>(denominator.data_ptr()), static_cast<T*>(grad_v.data_ptr()),
-        static_cast<T*>(grad_q.data_ptr()), static_cast<T*>(grad_k.data_ptr()), nullptr, nullptr,
-        data(grad_log_decay), data(grad_past), data(grad_diagonal)};
-    // A group that several blocks of heads share is summed in float32 and rounded once.
-    Tensor sum_q = grad_q, sum_k = grad_k;
-    const auto sums = [&](Tensor& sum, const Tensor& grad, int64_t groups) -> float* {
-      const bool shared_by_blocks = s.head_block % (s.heads / groups) != 0;
-      if (!shared_by_blocks && !tensors.by_head) return nullptr;
-      if (is_bfloat16(grad)) sum = torch::stable::new_zeros(grad, {grad.numel()}, ScalarType::Float);
-      return static_cast<float*>(sum.data_ptr());
-    };
-    out.sum_q = sums(sum_q, grad_q, s.query_groups);
-    out.sum_k = sums(sum_k, grad_k, s.key_groups);
-    const float* grad_final = static_cast<const float*>(grad_final_state.data_ptr());
-    run_backward(tensors, documents, out, grad_final, data(grad_initial), kernels);
-    const auto round = [&](Tensor& grad, const Tensor& sum) {
-      torch::stable::copy_(grad, torch::stable::view(sum, grad.sizes()));
-    };
-    if (is_bfloat16(grad_q) && out.sum_q) round(grad_q, sum_q);
-    if (is_bfloat16(grad_k) && out.sum_k) round(grad_k, sum_k);
+    LinearAttentionGradients<T> out = made.pointers<T>();
+    out.grad_y = static_cast<const T*>(grad_y.data_ptr()), out.y = static_cast<const T*>(y.data_ptr());
+    out.denominator = static_cast<const float*>(denominator.data_ptr());
+    run_backward(tensors, documents, out, static_cast<const float*>(grad_final_state.data_ptr()),
+                 Gradients::data(made.initial), kernels);
   };
   if (is_bfloat16(v)) {
     run(bfloat16{}, Kernels<bfloat16>{choose_linear_attention_start_states_bfloat16(),
@@ -227,7 +249,8 @@ SevenTensors differentiate(const Tensors& tensors, const Documents& documents, c
     run(0.0f, Kernels<float>{choose_linear_attention_start_states_float(),
                              choose_linear_attention_end_gradients_float(), choose_linear_attention_backward_float()});
   }
-  return {grad_q, grad_k, grad_v, grad_log_decay, grad_past, grad_diagonal, grad_initial};
+  made.round();
+  return made;
 }
 
 }  // namespace

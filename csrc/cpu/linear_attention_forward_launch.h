@@ -123,7 +123,7 @@ void run_forward(const Tensors& tensors, const Documents& documents, T* y, float
 }
 
 // y, the final state, its scale (empty without one), and the divisors (empty without a normaliser).
-std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensors& tensors, const Documents& documents) {
+[[maybe_unused]] std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensors& tensors, const Documents& documents) {
   const LinearAttentionShape& s = tensors.shape;
   const Tensor& v = tensors.v;
   tensors.check_state(documents.slots);

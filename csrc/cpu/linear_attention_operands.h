@@ -19,12 +19,12 @@ namespace seqmodels {
 namespace SEQMODELS_LEVEL {
 
 struct Operands {
-  float *q, *k, *kt;                  // rows of N; kt transposed
-  float* state_q;                     // what reads the state: q, or with a scale its own rows
-  float *x, *uq, *uk, *ukt, *row;     // with a map
-  float *log_q, *log_k;               // with a scale, like what follows
-  float *scale, *kept;                // m'; e^{m - m'}
-  float *shift;                       // for each row
+  float *q, *k, *kt;  // rows of N; kt transposed
+  float* state_q;     // what reads the state: q, or with a scale its own rows
+  float *x = nullptr, *uq = nullptr, *uk = nullptr, *ukt = nullptr, *row = nullptr;  // with a map
+  float *log_q = nullptr, *log_k = nullptr;                                          // with a scale, like these:
+  float *scale = nullptr, *kept = nullptr;                                           // m'; e^{m - m'}
+  float* shift = nullptr;                                                            // for each row
   bool far[kChunkRows];
 
   Operands(Arena& arena, const LinearAttentionShape& s) {

@@ -10,7 +10,7 @@ import torch
 from feature_attention_cases import Case, call, cast, error, run
 
 import seqmodels
-from seqmodels import Layout
+from seqmodels import Layout, backends
 from seqmodels.ops.feature_attention import (
     FEATURE_MAPS,
     FeatureState,
@@ -263,17 +263,26 @@ def test_packed_taylor_is_the_full_expansion():
     assert features(q, "taylor").shape[-1] == feature_width("taylor", 16) == 153
 
 
-@pytest.mark.parametrize("name", ["hedgehog_exp", "taylor"])
-@pytest.mark.parametrize("layout", [None, PACKED])
-def test_opcheck(name, layout):
+@pytest.mark.parametrize(
+    ("name", "layout", "backend"),
+    [
+        ("hedgehog_exp", None, "torch"),
+        ("taylor", PACKED, "torch"),
+        ("hedgehog_exp", PACKED, "cpu"),
+        ("taylor", None, "cpu"),
+    ],
+)
+def test_opcheck(name, layout, backend):
+    if backends.missing(backend) is not None:
+        pytest.skip(backends.missing(backend))
     case = Case(name, length=13)
     case = case if layout is None else case.with_layout(layout)
     *inputs, log_scale = [None if x is None else x.nan_to_num(0.5) for x in cast(case.inputs(), torch.float32)]
     leaves = [None if x is None else x.requires_grad_() for x in inputs]
     documents = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (*leaves, log_scale, *documents, name, True, 1e-6, 64, "torch")
+    arguments = (*leaves, log_scale, *documents, name, True, 1e-6, 64, backend)
     torch.library.opcheck(torch.ops.seqmodels.feature_attention.default, arguments)
-    state_arguments = (leaves[1], leaves[2], leaves[4], None, leaves[6], log_scale, *documents, name, True, 64, "torch")
+    state_arguments = (leaves[1], leaves[2], leaves[4], None, leaves[6], log_scale, *documents, name, True, 64, backend)
     torch.library.opcheck(torch.ops.seqmodels.feature_state.default, state_arguments)
     if layout is None:
         token = [x.detach()[:, 0] for x in leaves[:3]]

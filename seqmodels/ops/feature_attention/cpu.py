@@ -71,13 +71,18 @@ def backward(
     du_q, du_k, grad_v, grad_decay, grad_initial = torch.ops.seqmodels_cpu.feature_attention_backward(
         *grads, *tokens, *rest, feature_map, normalize, epsilon, y.unsqueeze(2), denominator
     )
-    if starts is not None and lengths is not None:  # what stands in the padding must not meet a gradient of zero
-        padding = ~token_table(starts, lengths, q.shape[0], q.shape[1]).valid[..., None, None]
-        q, k = q.masked_fill(padding, 0), k.masked_fill(padding, 0)
     (grad_q, grad_query_weight), (grad_k, grad_key_weight) = (
-        through_weight(du.squeeze(2), x, weight) for du, x, weight in ((du_q, q, query_weight), (du_k, k, key_weight))
+        through_weight(du.squeeze(2), inside(x, starts, lengths), weight)
+        for du, x, weight in ((du_q, q, query_weight), (du_k, k, key_weight))
     )
     return grad_q, grad_k, grad_v.squeeze(2), grad_query_weight, grad_key_weight, grad_decay, grad_initial
+
+
+def inside(x: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Zero outside documents: what stands in the padding must not meet a gradient of zero."""
+    if starts is None or lengths is None:
+        return x
+    return x.masked_fill(~token_table(starts, lengths, x.shape[0], x.shape[1]).valid[..., None, None], 0)
 
 
 def through_weight(du: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

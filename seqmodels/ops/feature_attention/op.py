@@ -352,7 +352,11 @@ _state_operator = Operator(
     outputs=2,
     residuals=1,
     fake=_fake_state,
-    modules={"reference": f"{_PACKAGE}.reference_state", "torch": f"{_PACKAGE}.torch_state"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_state",
+        "torch": f"{_PACKAGE}.torch_state",
+        "cpu": f"{_PACKAGE}.cpu_state",
+    },
     differentiable=(0, 1, 2, 3, 4),
 )
 _step_operator = Operator(

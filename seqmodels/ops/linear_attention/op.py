@@ -272,7 +272,11 @@ _state_operator = Operator(
     "Tensor? lengths, bool normalize, SymInt chunk_size",
     outputs=1,
     fake=_fake_state,
-    modules={"reference": f"{_PACKAGE}.reference_state", "torch": f"{_PACKAGE}.torch_state"},
+    modules={
+        "reference": f"{_PACKAGE}.reference_state",
+        "torch": f"{_PACKAGE}.torch_state",
+        "cpu": f"{_PACKAGE}.cpu_state",
+    },
     differentiable=(0, 1, 2, 3, 4),
 )
 _step_operator = Operator(

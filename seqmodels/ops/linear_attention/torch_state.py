@@ -28,9 +28,9 @@ def forward(
     values = v.to(compute)
     if normalize:
         values = pad(values, (0, 1), value=1.0)
-    if past_weight is not None:
-        values = values * past_weight[:, :, None, :, None]
     decay = None if log_decay is None else running_decay(to_chunks(log_decay, tokens, table))
     keys, values = (to_chunks(x, tokens, table) for x in (k.to(compute), values))
+    if past_weight is not None:  # in chunks, where padding is zero whatever stood there
+        values = values * to_chunks(past_weight, tokens, table)[:, :, None, :, None]
     _, final = states(keys, values, decay, initial_state, table, batch_size)
     return final.contiguous()
