@@ -81,7 +81,7 @@ def backward_cost(case: Case) -> Cost:
 
 
 def rivals(device: torch.device) -> Iterator[Rival]:
-    """The same function with its features in memory, flash-linear-attention's on a GPU, softmax attention of the heads."""
+    """The same function with its features in memory, flash-linear-attention's on a GPU, softmax attention."""
     yield "features in memory", _unfused, {}
     if device.type == "cuda":
         yield "fla", _fla, {}

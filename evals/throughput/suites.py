@@ -120,6 +120,19 @@ def _cpu() -> Iterator[Case]:
 
     yield from _state_space_cpu()
     yield from _feature_attention_cpu()
+    yield from _hybrid_cpu()
+
+
+def _hybrid_cpu() -> Iterator[Case]:
+    """Sparse global attention beside full attention; the KV shift and a mixture of experts beside what they extend."""
+    sparse = {"H": 8, "P": 64, "W": 256, "G": 512, "S": 128}
+    experts = {"num_experts": 8, "experts_per_token": 2, "d_hidden": 1024, "chunk_size": 128}
+    for mode, priority in (("forward", 1), ("forward+backward", 2)):
+        for length in (4096, 16384):
+            yield Case("op", "sparse_attention", mode, "float32", 1, length, sparse, priority + 3 * (length > 4096))
+        for length in (1024, 4096):
+            yield _layer("kv_shift_attention", mode, "float32", 1, length, 512, priority)
+        yield Case("layer", "chunk_moe", mode, "float32", 1, 2048, {"d_model": 512, **experts}, priority)
 
 
 def _feature_attention_cpu() -> Iterator[Case]:
@@ -134,7 +147,7 @@ def _feature_attention_cpu() -> Iterator[Case]:
 
 
 def _feature_attention_gpu() -> Iterator[Case]:
-    """The protocol of JRT-RNN's table (arXiv:2407.05483, table 5): batch 16, 16 heads of 64, keys of 16, prefix of half.
+    """The protocol of JRT-RNN's table (arXiv:2407.05483, table 5): batch 16, 16 heads of 64, keys of 16, half prefix.
 
     With the scale and the divisor inside, which the published kernel leaves out; one odd length; Hedgehog at the
     same heads; one sequence of the longest length, which must fill the GPU by itself.
@@ -184,6 +197,12 @@ def _gpu() -> Iterator[Case]:
         yield Case("op", "mamba3", mode, bfloat16, 1, 32768, recurrence, priority + 1)
         yield Case("op", "linear_attention", mode, bfloat16, 1, 32768, attention, priority + 1)
     yield from _feature_attention_gpu()
+    for mode, priority in (("forward", 2), ("forward+backward", 3)):
+        sparse = {"H": 16, "P": 64, "W": 256, "G": 512, "S": 128}
+        yield Case("op", "sparse_attention", mode, bfloat16, 8, 16384, sparse, priority)
+        yield _layer("kv_shift_attention", mode, bfloat16, 8, 4096, 2048, priority)
+        experts = {"num_experts": 8, "experts_per_token": 2, "d_hidden": 1024, "chunk_size": 128}
+        yield Case("layer", "chunk_moe", mode, bfloat16, 8, 4096, {"d_model": 2048, **experts}, priority)
     for mode, priority in (("forward", 2), ("forward+backward", 3)):
         for sizes in ({"C": 1024}, {"C": 1024, "V": 1}):
             yield Case("op", "linear_recurrence", mode, "float32", 8, 8192, sizes, priority)

@@ -117,7 +117,7 @@ def results(operator: Operator, backend: str, arguments: Arguments) -> list[tupl
     reason = getattr(module, "supports", lambda *_: None)(*arguments)
     if reason is not None:
         raise NotImplementedError(reason)
-    written = written_arguments(operator)
+    written = [index for index in written_arguments(operator) if arguments[index] is not None]
     arguments = tuple(value.clone() if index in written else value for index, value in enumerate(arguments))
     outputs = operator._forward(*arguments, backend)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -89,6 +89,69 @@ def _linear_attention_step(draw: Draw) -> list[Arguments]:
     return [(q, k, v, draw.log_decay(batch, heads), None, None, state, False, 1e-6)]
 
 
+def _feature_attention(draw: Draw) -> list[Arguments]:
+    grid = (draw.batch, draw.length)
+    documents = draw.documents()
+    slots = len(documents[0])
+
+    def qkv(heads: int, width: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        return draw.normal(*grid, heads, width), draw.normal(*grid, heads, width), draw.normal(*grid, heads, head)
+
+    def maps(heads: int, width: int, mapped: int) -> tuple[Tensor, Tensor]:
+        query, key = (draw.wide(heads, width, mapped, scale=width**-0.5) for _ in range(2))
+        return query, key
+
+    def state(count: int, heads: int, features: int, head: int) -> Tensor:
+        """Values of either sign, and the positive sum of weights of a mean."""
+        return torch.cat([draw.wide(count, heads, features, head), 1 + draw.wide(count, heads, features, 1).abs()], -1)
+
+    def taylor_state(count: int, heads: int, features: int, head: int) -> Tensor:
+        """A mean's state of one token whose key is zero: only the constant feature has a weight."""
+        first = (torch.arange(features, device=draw.device) == 0)[:, None]
+        return torch.where(first, state(count, heads, features, head), 0.0)
+
+    grouped = draw.normal(*grid, 1, 16)
+    return [
+        (*qkv(2, 16, 64), None, None, None, taylor_state(draw.batch, 2, 153, 64), None, None, None,
+         "taylor", True, 1e-6, 64),
+        (*qkv(2, 16, 64), None, None, draw.log_decay(*grid, 2), taylor_state(slots, 2, 153, 64), None, *documents,
+         "taylor", True, 1e-6, 64),
+        (*qkv(2, 64, 64), *maps(2, 64, 64), None, state(slots, 2, 128, 64),
+         draw.wide(slots, 2, 128), *documents, "hedgehog_exp", True, 0.0, 64),
+        (*qkv(2, 128, 96), *maps(2, 128, 64), draw.log_decay(*grid, 2), None, None, None, None,
+         "hedgehog_split", True, 1e-6, 64),
+        (*qkv(2, 24, 40), *maps(2, 24, 12), None, state(draw.batch, 2, 24, 40), None, None, None,
+         "hedgehog_joint", True, 1e-6, 64),
+        (grouped, grouped.roll(1, 1), draw.normal(*grid, 2, 40), None, None, draw.log_decay(*grid, 2), None, None,
+         *documents, "elu", True, 1e-6, 64),
+        (*qkv(2, 24, 32), *maps(2, 24, 32), None, None, None, None, None, "t2r", False, 1e-6, 64),
+    ]  # fmt: skip
+
+
+def _feature_state(draw: Draw) -> list[Arguments]:
+    """The same problems without their queries."""
+    found: list[Arguments] = []
+    for _, k, v, _, weight, decay, state, scale, starts, lengths, name, normalize, _, chunk in _feature_attention(draw):
+        found.append((k, v, weight, decay, state, scale, starts, lengths, name, normalize, chunk))
+    return found
+
+
+def _feature_attention_step(draw: Draw) -> list[Arguments]:
+    """The first tokens of the same problems, one sequence a document, from a state or from nothing."""
+    found: list[Arguments] = []
+    for q, k, v, query_weight, key_weight, decay, state, scale, _, _, name, normalize, epsilon, _ in _feature_attention(
+        draw
+    ):
+        if state is None:
+            continue
+        token_decay = None if decay is None else decay[:, 0]
+        rows = (state[: draw.batch].contiguous(), None if scale is None else scale[: draw.batch].contiguous())
+        found.append(
+            (q[:, 0], k[:, 0], v[:, 0], query_weight, key_weight, token_decay, *rows, name, normalize, epsilon)
+        )
+    return found
+
+
 def _short_conv(draw: Draw) -> list[Arguments]:
     starts, lengths = draw.documents()
     found: list[Arguments] = []
@@ -213,12 +276,13 @@ def _vandermonde(draw: Draw) -> list[Arguments]:
 
 def _vandermonde_adjoint(draw: Draw) -> list[Arguments]:
     sizes = ((2, 3, 20), (1, 2, 64))
-    return [
-        (_exponents(draw, heads, states), draw.wide(rows, heads, draw.length)) for rows, heads, states in sizes
-    ]
+    return [(_exponents(draw, heads, states), draw.wide(rows, heads, draw.length)) for rows, heads, states in sizes]
 
 
 EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
+    "feature_attention": _feature_attention,
+    "feature_attention_step": _feature_attention_step,
+    "feature_state": _feature_state,
     "linear_attention": _linear_attention,
     "linear_attention_step": _linear_attention_step,
     "linear_recurrence": _linear_recurrence,

@@ -343,6 +343,7 @@ _operator = Operator(
         "reference": f"{_PACKAGE}.reference",
         "torch": f"{_PACKAGE}.torch",
         "cpu": f"{_PACKAGE}.cpu",
+        "triton": f"{_PACKAGE}.triton",
     },
     differentiable=(0, 1, 2, 3, 4, 5, 6),
 )
@@ -356,6 +357,7 @@ _state_operator = Operator(
         "reference": f"{_PACKAGE}.reference_state",
         "torch": f"{_PACKAGE}.torch_state",
         "cpu": f"{_PACKAGE}.cpu_state",
+        "triton": f"{_PACKAGE}.triton_state",
     },
     differentiable=(0, 1, 2, 3, 4),
 )
@@ -369,5 +371,6 @@ _step_operator = Operator(
         "reference": f"{_PACKAGE}.reference_step",
         "torch": f"{_PACKAGE}.torch_step",
         "cpu": f"{_PACKAGE}.cpu_step",
+        "triton": f"{_PACKAGE}.triton_step",
     },
 )

@@ -65,7 +65,7 @@ def forward(
     return found.output, found.state, found.state.new_empty(0) if found.denominators is None else found.denominators
 
 
-def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
+def sum_groups(gradient: Tensor, groups: int) -> Tensor:
     """(..., H, N) to (..., G, N): the sum over the heads that share a group, in float32."""
     heads = gradient.shape[-2]
     if heads == groups:
@@ -74,7 +74,7 @@ def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
     return split.sum(-2, dtype=torch.float32).to(gradient.dtype)
 
 
-def _decay_gradient(change: Tensor, ends: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
+def decay_gradient(change: Tensor, ends: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Gradient of log_decay from that of its running sum: (B, L, H).
 
     ``change`` (B, L, H) is the gradient of c at each token, ``ends`` (documents, H) that of the last
@@ -141,10 +141,10 @@ def backward(
         assert of_q.dots is not None
         assert of_k.dots is not None
         change = of_q.dots - (of_k.dots if past_weight is None else of_k.dots * past_weight)
-        grad_log_decay = _decay_gradient(change, (final_state * grad_state).sum((-1, -2)), starts, lengths)
+        grad_log_decay = decay_gradient(change, (final_state * grad_state).sum((-1, -2)), starts, lengths)
     return (
-        _sum_groups(of_q.output, q.shape[-2]),
-        _sum_groups(of_k.output, k.shape[-2]),
+        sum_groups(of_q.output, q.shape[-2]),
+        sum_groups(of_k.output, k.shape[-2]),
         of_v.output,
         grad_log_decay,
         none if past_weight is None else of_k.dots,
