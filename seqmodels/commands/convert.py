@@ -77,7 +77,8 @@ def hedgehog(
     if resume and values == {"model": model} and unfinished.exists():
         values = load_yaml(unfinished)
     if "source" not in values.get("data", {}):
-        raise ConversionError("no text to learn from; give --data FILE, FOLDER, stdlib or hf:NAME")
+        gone = f" ({unfinished.parent} holds no conversion to go on with)" if resume else ""
+        raise ConversionError(f"no text to learn from{gone}; give --data FILE, FOLDER, stdlib or hf:NAME")
     values["data"] = {"tokenizer": "model", "sequence_length": 1024, **values["data"]}
 
     from seqmodels.convert.hedgehog.progress import Progress

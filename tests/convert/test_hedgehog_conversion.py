@@ -37,6 +37,10 @@ from tests.convert.hedgehog_models import perturb, tiny, tokens
 LENGTH = 32
 
 
+class Killed(Exception):
+    pass
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"
@@ -176,10 +180,6 @@ def test_stage_one_moves_maps_only_and_lora_the_projections_only(tmp_path: Path,
         assert torch.equal(first[name], second[name]), name
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(("method", "stage", "step"), [("lora", 1, 3), ("full", 1, 5), ("lora", 2, 4), ("full", 2, 4)])
 def test_a_killed_conversion_goes_on_bit_for_bit(
     method: Any, stage: int, step: int, tmp_path: Path, text: Path
@@ -308,6 +308,24 @@ def test_the_command(tmp_path: Path, text: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "stage 1: feature maps, step 2 of 2" in result.output
     assert load(out).config.hedgehog["kind"] == "hedgehog_window"
+
+
+def test_the_command_goes_on(tmp_path: Path, text: Path) -> None:
+    class Kill(Progress):
+        def message(self, text: str) -> None:
+            if "distilled" in text:
+                raise Killed
+
+    given, out = settings(tmp_path, text), tmp_path / "out"
+    result = CliRunner().invoke(app, ["hedgehog", given.model, str(out), "--resume"])
+    assert "out.partial holds no conversion to go on with" in str(result.exception)
+    with pytest.raises(Killed):
+        convert_model(given, out, progress=Kill(None))
+    result = CliRunner().invoke(app, ["hedgehog", given.model, str(out), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert "going on from" in result.output
+    assert "stage 1:" not in result.output
+    assert (out / "report.md").exists()
 
 
 @torch.no_grad()
