@@ -124,7 +124,9 @@ def _feature_attention(draw: Draw) -> list[Arguments]:
          "hedgehog_joint", True, 1e-6, 64),
         (grouped, grouped.roll(1, 1), draw.normal(*grid, 2, 40), None, None, draw.log_decay(*grid, 2), None, None,
          *documents, "elu", True, 1e-6, 64),
-        (*qkv(2, 24, 32), *maps(2, 24, 32), None, None, None, None, None, "t2r", False, 1e-6, 64),
+        # Maps that the inputs' dtype holds exactly: a relu's gradient jumps where rounding changes the sign of u.
+        (*qkv(2, 24, 32), *(weight.to(draw.dtype).float() for weight in maps(2, 24, 32)), None, None, None, None, None,
+         "t2r", False, 1e-6, 64),
     ]  # fmt: skip
 
 
