@@ -95,7 +95,7 @@ def uniform_stack(config: ModelConfig) -> tuple[dict[str, Any], int]:
     blocks = config.block_specs()
     expected = [blocks[0].layers, *([blocks[1].layers] if len(blocks) > 1 and _name(blocks[1]) != "mamba3" else [])]
     for index, block in enumerate(blocks):
-        if block.layers != expected[index % len(expected)] or block.share is not None:
+        if block.layers != expected[index % len(expected)] or block.share is not None or not block.is_plain:
             raise ConversionError(f"{block.where}: released models repeat one block; this one is another")
     if len(blocks) % len(expected) or [_name(blocks[i]) for i in range(len(expected))] not in (
         ["mamba3"],

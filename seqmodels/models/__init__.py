@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from seqmodels.models.config import ClassifierConfig, Initialization, ModelConfig, load_config
     from seqmodels.models.generation import Decoder, generate
     from seqmodels.models.hints import parameter_hints
+    from seqmodels.models.hydra import HydraConfig
     from seqmodels.models.language_model import LanguageModel, LossOutput, ModelOutput
     from seqmodels.models.loading import load_model, save_model
     from seqmodels.models.loss import next_token_targets
@@ -22,6 +23,7 @@ _EXPORTS = {
     "Account": "accounting",
     "ClassifierConfig": "config",
     "Decoder": "generation",
+    "HydraConfig": "hydra",
     "Initialization": "config",
     "ModelConfig": "config",
     "load_config": "config",
@@ -44,6 +46,7 @@ __all__ = [
     "Account",
     "ClassifierConfig",
     "Decoder",
+    "HydraConfig",
     "Initialization",
     "LanguageModel",
     "LossOutput",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from seqmodels.models.block import Parallel
 from seqmodels.models.config import ModelConfig
 from seqmodels.models.language_model import LanguageModel
 
@@ -54,6 +55,11 @@ def account(config: ModelConfig, *, length: int, dtype: torch.dtype = torch.floa
     rows = [Account("embedding", 1, embedding, 0, 0)]
     rows += [Account(name, *values) for name, values in kinds.items()]
     rows.append(Account("norms", len(stack.order) + (config.norm_place == "pre"), norm_parameters, 0, 0))
+    gates = [
+        gate.numel() for module in stack.modules() if isinstance(module, Parallel) for gate in module.gates.values()
+    ]
+    if gates:
+        rows.append(Account("gates", len(gates), sum(gates), 0, 0))
     head = 0 if config.tie_head else embedding
     rows.append(Account("head (tied)" if config.tie_head else "head", 1, head, 0, 2 * length * embedding))
     parameters, state_bytes, flops = (sum(values) for values in zip(*(row[2:] for row in rows), strict=True))

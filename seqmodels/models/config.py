@@ -12,6 +12,12 @@ A stack of residual blocks is written as a pattern of words, or as an explicit l
     blocks:                                              # instead of pattern
       - 3x(gated_conv swiglu)
       - {layer: attention, window: 512}                  # this block alone
+
+``a|b`` is one block with two parallel paths, and ``gate`` a learned factor on what a path adds::
+
+    pattern: "6x(mamba3|window swiglu)"
+    layers:
+      mamba3: {gate: 0.8}                                # h + 0.8 mamba3(norm(h)) + window(norm(h)) at first
 """
 
 from __future__ import annotations
@@ -19,30 +25,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from seqmodels.configuration import apply_overrides, convert, load, load_yaml, nearest
+from seqmodels.configuration import ConfigError, apply_overrides, convert, load_yaml, nearest
 from seqmodels.models.arguments import convert_arguments, layer_names
-from seqmodels.models.pattern import parse_pattern
+from seqmodels.models.block_spec import BlockSpec, LayerSpec, PathSpec
+from seqmodels.models.pattern import Words, parse_pattern
 
-RESERVED = ("layer", "share")  # keys of a layer's entry that are not its arguments
-
-
-class LayerSpec(NamedTuple):
-    """One layer: its registry name and its arguments as configured."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-class BlockSpec(NamedTuple):
-    """One residual block: the layers of its branch, applied in turn, and the id its weights are shared by."""
-
-    layers: tuple[LayerSpec, ...]
-    share: str | None
-    where: str  # its place in the configuration, for errors
+RESERVED = ("layer", "share", "gate")  # keys of a layer's entry that are not its arguments
 
 
 class Initialization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -74,10 +66,11 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         d_model: width of the residual stream.
         pattern: blocks in words (:mod:`seqmodels.models.pattern`).
-        blocks: blocks as a list of patterns and of mappings ``{layer: word, share: id, argument: value}``.
+        blocks: blocks as a list of patterns and of mappings ``{layer: word, share: id, gate: g, argument: value}``.
             Exactly one of ``pattern`` and ``blocks`` is given.
         layers: arguments by word. ``layer`` in an entry makes the word another name of that layer, which
-            starts from that layer's own entry; ``share`` makes all blocks of that id one set of weights.
+            starts from that layer's own entry; ``share`` makes all blocks of that id one set of weights;
+            ``gate: g`` multiplies what the layer's path adds by a learned scalar that begins at g.
         norm: "rms", "layer", "batch" (over batch and length: classifiers only) or "none".
         norm_place: "pre" (plus a norm after the last block) or "post".
         norm_epsilon: added to the mean square or variance.
@@ -118,21 +111,23 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             self._resolve(word, f"layers.{word}")
         specs = []
         if self.pattern is not None:
-            for branch in parse_pattern(self.pattern):
-                specs.append(self._block(branch, f"block {len(specs)}"))
+            for paths in parse_pattern(self.pattern):
+                specs.append(self._block(paths, f"block {len(specs)}"))
             return specs
         for index, entry in enumerate(self.blocks or ()):
             if isinstance(entry, str):
-                for branch in parse_pattern(entry):
-                    specs.append(self._block(branch, f"block {len(specs)}"))
+                for paths in parse_pattern(entry):
+                    specs.append(self._block(paths, f"block {len(specs)}"))
                 continue
             if not isinstance(entry.get("layer"), str):
                 raise ValueError(f"blocks.{index}: a mapping needs the key 'layer' with a layer's name; got {entry}")
             where = f"block {len(specs)}"
-            spec, share = self._resolve(entry["layer"], where)
+            spec, share, gate = self._resolve(entry["layer"], where)
             own = {key: value for key, value in entry.items() if key not in RESERVED}
             share = _share_id(entry, where) or share
-            specs.append(BlockSpec((LayerSpec(spec.name, {**spec.arguments, **own}),), share, where))
+            gate = _gate(entry, where) if "gate" in entry else gate
+            layer = LayerSpec(spec.name, {**spec.arguments, **own})
+            specs.append(BlockSpec((PathSpec(entry["layer"], (layer,), gate),), share, where))
         if not specs:
             raise ValueError("blocks is empty; name at least one layer")
         return specs
@@ -140,7 +135,7 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def check_layers(self) -> None:
         """Checks every layer's arguments against its constructor, without building anything."""
         for word in self.layers:
-            spec, _ = self._resolve(word, f"layers.{word}")
+            spec, _, _ = self._resolve(word, f"layers.{word}")
             if word not in self._bases():
                 convert_arguments(spec.name, spec.arguments, f"layers.{word}")
         for block in self.block_specs():
@@ -151,22 +146,34 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """Words that only lend their arguments to others: they need not be complete themselves."""
         return {entry["layer"] for entry in self.layers.values() if "layer" in entry}
 
-    def _block(self, words: tuple[str, ...], where: str) -> BlockSpec:
-        resolved = [self._resolve(word, where) for word in words]
-        shares = {share for _, share in resolved if share is not None}
-        if shares and len(words) > 1:
-            raise ValueError(
-                f"{where}: {'>'.join(words)!r} is a branch of several layers; 'share' is for blocks of one layer"
-            )
-        return BlockSpec(tuple(spec for spec, _ in resolved), shares.pop() if shares else None, where)
+    def _block(self, words: Words, where: str) -> BlockSpec:
+        paths = []
+        shares = set()
+        for path in words:
+            resolved = [self._resolve(word, where) for word in path]
+            for word, (_, _, gate) in zip(path[:-1], resolved[:-1], strict=True):
+                if gate is not None:
+                    raise ValueError(
+                        f"{where}: {word!r} has a gate, but in {'>'.join(path)!r} other layers work on what it "
+                        "returns; a gate multiplies what a path adds, so give it to the last layer"
+                    )
+            shares.update(share for _, share, _ in resolved if share is not None)
+            paths.append(PathSpec(">".join(path), tuple(spec for spec, _, _ in resolved), resolved[-1][2]))
+        text = "|".join(path.word for path in paths)
+        if shares and len(paths) + len(words[0]) > 2:
+            raise ValueError(f"{where}: {text!r} is a branch of several layers; 'share' is for blocks of one layer")
+        if len({path.word for path in paths}) < len(paths):
+            raise ValueError(f"{where}: a path appears twice in {text!r}; name one of them anew under 'layers'")
+        return BlockSpec(tuple(paths), shares.pop() if shares else None, where)
 
-    def _resolve(self, word: str, where: str) -> tuple[LayerSpec, str | None]:
-        """The layer behind a word, its arguments merged from the base on, and its share id."""
+    def _resolve(self, word: str, where: str) -> tuple[LayerSpec, str | None, float | None]:
+        """The layer behind a word, its arguments merged from the base on, its share id and its gate."""
         chain = list(self._chain(word, where))
         arguments: dict[str, Any] = {}
         for name in reversed(chain):
             arguments.update({key: value for key, value in self.layers.get(name, {}).items() if key not in RESERVED})
-        return LayerSpec(chain[-1], arguments), _share_id(self.layers.get(word, {}), where)
+        entry = self.layers.get(word, {})
+        return LayerSpec(chain[-1], arguments), _share_id(entry, where), _gate(entry, where)
 
     def _chain(self, word: str, where: str) -> Iterator[str]:
         seen: list[str] = []
@@ -253,7 +260,8 @@ C = TypeVar("C", bound=StackConfig)
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), kind: type[C] = ModelConfig) -> C:  # type: ignore[assignment]
     """Reads a model's YAML file and checks it down to its layers' arguments."""
-    config = load(path, kind, overrides)
+    data = apply_overrides(load_yaml(path), overrides)
+    config = convert(write_out(data) if kind is ModelConfig else data, kind)
     config.check_layers()
     return config
 
@@ -266,9 +274,22 @@ def read_model_config(path: str | Path, overrides: Iterable[str] = ()) -> ModelC
         return load_config(path, overrides)
     if isinstance(data["model"], str):
         return load_config(Path(path).parent / data["model"], overrides)
-    config = convert(apply_overrides(data["model"], overrides), ModelConfig, "model")
+    config = convert(write_out(apply_overrides(data["model"], overrides), "model"), ModelConfig, "model")
     config.check_layers()
     return config
+
+
+def write_out(data: Any, path: str = "") -> Any:
+    """Plain values of a model with a key ``architecture`` (``hydra``) as those of the stack that it stands for;
+    others as they are."""
+    if not isinstance(data, dict) or "architecture" not in data:
+        return data
+    from seqmodels.models.hydra import HydraConfig  # it is made of this module's parts
+
+    if data["architecture"] != "hydra":
+        raise ConfigError(f"architecture is {data['architecture']!r}; expected 'hydra', or a pattern in its place")
+    own = {key: value for key, value in data.items() if key != "architecture"}
+    return msgspec.to_builtins(convert(own, HydraConfig, path).model_config())
 
 
 def _share_id(entry: dict[str, Any], where: str) -> str | None:
@@ -276,6 +297,15 @@ def _share_id(entry: dict[str, Any], where: str) -> str | None:
     if share is not None and not (isinstance(share, str) and share):
         raise ValueError(f"{where}: 'share' is {share!r}; expected a non-empty id (a string)")
     return share
+
+
+def _gate(entry: dict[str, Any], where: str) -> float | None:
+    gate = entry.get("gate")
+    if gate is None:
+        return None
+    if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not math.isfinite(gate):
+        raise ValueError(f"{where}: 'gate' is {gate!r}; expected the first value of a learned factor, or null for none")
+    return float(gate)
 
 
 def _check_size(name: str, value: int | None) -> None:

@@ -1,42 +1,44 @@
 """The pattern shorthand: ``"3x(gated_conv swiglu) attention swiglu"``.
 
     pattern := item*
-    item    := [count "x"] (branch | "(" pattern ")")
-    branch  := word (">" word)*
+    item    := [count "x"] (block | "(" pattern ")")
+    block   := path ("|" path)*
+    path    := word (">" word)*
 
-A branch is one residual block. ``a>b`` applies ``b`` to the output of ``a`` inside one branch;
-S4's block is ``s4d>glu``. Repeats nest.
+A block is one residual sum. ``a>b`` applies ``b`` to the output of ``a``; S4's block is ``s4d>glu``.
+``a|b`` gives both the block's normalised input and adds what they return. Repeats nest.
 """
 
 from __future__ import annotations
 
 import re
 
-_TOKEN = re.compile(r"\s*(?:(?P<count>\d+)x|(?P<word>[A-Za-z_]\w*)|(?P<sign>[()>]))")
+_TOKEN = re.compile(r"\s*(?:(?P<count>\d+)x|(?P<word>[A-Za-z_]\w*)|(?P<sign>[()>|]))")
+Words = tuple[tuple[str, ...], ...]  # a block's paths, each the words of its layers in turn
 MAX_BLOCKS = 100_000  # a typing error such as 3000000x should not fill the memory
 
 
-def parse_pattern(pattern: str) -> list[tuple[str, ...]]:
-    """The branches of ``pattern`` in order, each a tuple of one or more words.
+def parse_pattern(pattern: str) -> list[Words]:
+    """The blocks of ``pattern`` in order, each a tuple of paths, each a tuple of one or more words.
 
     Raises:
         ValueError: with the column, for an empty pattern, unbalanced parentheses, or a repeat of
             zero or of nothing.
     """
-    branches, end = _sequence(pattern, 0, depth=0)
+    blocks, end = _sequence(pattern, 0, depth=0)
     if pattern[end:].strip():
         raise _error(pattern, end, "this ')' closes nothing")
-    if not branches:
+    if not blocks:
         raise ValueError(f"pattern {pattern!r} names no layer; for example '3x(gated_conv swiglu) attention swiglu'")
-    return branches
+    return blocks
 
 
-def _sequence(pattern: str, at: int, depth: int) -> tuple[list[tuple[str, ...]], int]:
-    branches: list[tuple[str, ...]] = []
+def _sequence(pattern: str, at: int, depth: int) -> tuple[list[Words], int]:
+    blocks: list[Words] = []
     while True:
         match = _next(pattern, at)
         if match is None or match["sign"] == ")":
-            return branches, at
+            return blocks, at
         count = 1
         if match["count"] is not None:
             count, start = int(match["count"]), match.start("count")
@@ -44,10 +46,10 @@ def _sequence(pattern: str, at: int, depth: int) -> tuple[list[tuple[str, ...]],
                 raise _error(pattern, start, "a repeat must be at least 1")
             at = match.end()
             match = _next(pattern, at)
-            if match is None or match["count"] is not None or match["sign"] in (")", ">"):
+            if match is None or match["count"] is not None or match["sign"] in (")", ">", "|"):
                 raise _error(pattern, at, f"'{count}x' must be followed by a word or '('")
-        if match["sign"] == ">":
-            raise _error(pattern, match.start("sign"), "'>' needs a word before it")
+        if match["sign"] in (">", "|"):
+            raise _error(pattern, match.start("sign"), f"{match['sign']!r} needs a word before it")
         if match["sign"] == "(":
             opened = match.start("sign")
             items, at = _sequence(pattern, match.end(), depth + 1)
@@ -58,18 +60,21 @@ def _sequence(pattern: str, at: int, depth: int) -> tuple[list[tuple[str, ...]],
                 raise _error(pattern, opened, "nothing between the parentheses")
             at = match.end()
         else:
-            words = [match["word"]]
+            paths = [(match["word"],)]
             at = match.end()
-            while (match := _next(pattern, at)) is not None and match["sign"] == ">":
+            while (match := _next(pattern, at)) is not None and match["sign"] in (">", "|"):
                 after = _next(pattern, match.end())
                 if after is None or after["word"] is None:
-                    raise _error(pattern, match.start("sign"), "'>' needs a word after it")
-                words.append(after["word"])
+                    raise _error(pattern, match.start("sign"), f"{match['sign']!r} needs a word after it")
+                if match["sign"] == ">":
+                    paths[-1] = (*paths[-1], after["word"])
+                else:
+                    paths.append((after["word"],))
                 at = after.end()
-            items = [tuple(words)]
-        if len(branches) + count * len(items) > MAX_BLOCKS:
+            items = [tuple(paths)]
+        if len(blocks) + count * len(items) > MAX_BLOCKS:
             raise _error(pattern, at, f"more than {MAX_BLOCKS} blocks")
-        branches += items * count
+        blocks += items * count
 
 
 def _next(pattern: str, at: int) -> re.Match[str] | None:
@@ -79,7 +84,7 @@ def _next(pattern: str, at: int) -> re.Match[str] | None:
     if match is None:
         while pattern[at].isspace():
             at += 1
-        raise _error(pattern, at, f"unexpected {pattern[at]!r}; expected a layer's name, '3x', '(', ')' or '>'")
+        raise _error(pattern, at, f"unexpected {pattern[at]!r}; expected a layer's name, '3x', '(', ')', '>' or '|'")
     return match
 
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer
 from seqmodels.models.arguments import build_layer
-from seqmodels.models.block import Block, Branch, merge_aux
-from seqmodels.models.config import BlockSpec, LayerSpec, StackConfig
+from seqmodels.models.block import Block, Branch, Parallel, merge_aux
+from seqmodels.models.block_spec import BlockSpec, LayerSpec
+from seqmodels.models.config import StackConfig
 from seqmodels.models.initialization import initialize_layers
 from seqmodels.models.normalization import Dropout, make_norm
 from seqmodels.ops.registration import state_dtype
@@ -51,10 +52,10 @@ class Stack(nn.Module):
         for spec in self.specs:
             if spec.share is not None and spec.share in shared:
                 index, first = shared[spec.share]
-                if first.layers != spec.layers:
+                if (first.layers, first.paths[0].gate) != (spec.layers, spec.paths[0].gate):
                     raise ValueError(
                         f"{spec.where} and {first.where} share weights {spec.share!r} but differ: "
-                        f"{spec.layers[0]} against {first.layers[0]}; give them one word or the same arguments"
+                        f"{spec.paths[0]} against {first.paths[0]}; give them one word or the same arguments"
                     )
             else:
                 index = len(blocks)
@@ -70,9 +71,13 @@ class Stack(nn.Module):
 
     def _build(self, spec: BlockSpec) -> Block:
         config = self.config
-        layers = [build_layer(layer.name, config.d_model, layer.arguments, spec.where) for layer in spec.layers]
         dropout = Dropout(config.dropout, config.dropout_tied)
-        layer = layers[0] if len(layers) == 1 else Branch(layers, dropout)
+        paths: dict[str, Mixer | Branch] = {}
+        for path in spec.paths:
+            layers = [build_layer(layer.name, config.d_model, layer.arguments, spec.where) for layer in path.layers]
+            paths[path.word] = layers[0] if len(layers) == 1 else Branch(layers, dropout)
+        gates = [path.gate for path in spec.paths]
+        layer = Parallel(paths, gates) if len(paths) > 1 or gates != [None] else paths[spec.paths[0].word]
         norm = make_norm(config.norm, config.d_model, config.norm_epsilon)
         return Block(layer, norm, dropout, norm_first=config.norm_place == "pre")
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, apply_overrides, convert, load_yaml
-from seqmodels.models.config import ModelConfig
+from seqmodels.models.config import ModelConfig, write_out
 from seqmodels.training.prefix import PrefixConfig, check_prefix
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -132,7 +132,7 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
     """Plain values to a checked :class:`TrainConfig`."""
     if "model" not in data:
         raise ConfigError("the configuration has no key 'model'; give a mapping or the path of a model's YAML file")
-    config = convert(data, TrainConfig)
+    config = convert({**data, "model": write_out(data["model"], "model")}, TrainConfig)
     config.model.check_layers()
     check_prefix(config.prefix, config.model, config.data.sequence_length)
     if config.batch_size % config.accumulation:

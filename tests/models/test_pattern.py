@@ -18,11 +18,16 @@ from seqmodels.models.pattern import parse_pattern
     ],
 )
 def test_words_and_nested_repeats(pattern: str, branches: list[str]) -> None:
-    assert parse_pattern(pattern) == [(word,) for word in branches]
+    assert parse_pattern(pattern) == [((word,),) for word in branches]
 
 
 def test_a_branch_of_several_layers() -> None:
-    assert parse_pattern("2x s4d>glu swiglu > mlp > mlp") == [("s4d", "glu")] * 2 + [("swiglu", "mlp", "mlp")]
+    expected = [(("s4d", "glu"),)] * 2 + [(("swiglu", "mlp", "mlp"),)]
+    assert parse_pattern("2x s4d>glu swiglu > mlp > mlp") == expected
+
+
+def test_parallel_paths_of_a_block() -> None:
+    assert parse_pattern("2x(a|b>c d) e | f") == [(("a",), ("b", "c")), (("d",),)] * 2 + [(("e",), ("f",))]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,10 @@ def test_a_branch_of_several_layers() -> None:
         ("> a", 1, "before it"),
         ("a >", 3, "after it"),
         ("a > (b)", 3, "after it"),
+        ("| a", 1, "before it"),
+        ("a|", 2, "after it"),
+        ("a|2x b", 2, "after it"),
+        ("2x | a", 3, "followed by"),
         ("3000000x a", 11, "more than"),
     ],
 )
