@@ -45,7 +45,8 @@ class HuggingFaceTextModel:
             raise ImportError(f"hf:{path} needs the transformers package: pip install 'seqmodels[hf]'") from error
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer or path)
         options = {} if dtype is None else {"dtype": dtype_named(dtype)}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        self.model: Any = loaded.to(device).eval()
         self.device, self.batch_size = torch.device(device), batch_size
         self.name = f"hf:{path}"
         weights = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin"))
@@ -55,7 +56,9 @@ class HuggingFaceTextModel:
         self.prefix_token: int | None = bos if bos is not None else eos
         # A single token shows what stands in front of a text.
         plain, special = self.encode("a"), self.tokenizer.encode("a")
-        self._front = special[: len(special) - len(plain)] if special[len(special) - len(plain) :] == plain else []
+        self.front: list[int] = (
+            special[: len(special) - len(plain)] if special[len(special) - len(plain) :] == plain else []
+        )
         length = getattr(self.model.config, "max_position_embeddings", None)
         self.max_length: int | None = length if isinstance(length, int) and length > 0 else None
 
@@ -120,8 +123,8 @@ class HuggingFaceTextModel:
     def _prompt(self, text: str, room: int | None) -> list[int]:
         ids = self.encode(text)
         if room is not None:
-            ids = ids[max(0, len(ids) - max(1, room - len(self._front))) :]
-        ids = [*self._front, *ids]
+            ids = ids[max(0, len(ids) - max(1, room - len(self.front))) :]
+        ids = [*self.front, *ids]
         if not ids:
             raise ValueError(f"a prompt has no token: {text!r}")
         return ids

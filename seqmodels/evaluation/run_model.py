@@ -52,6 +52,7 @@ class RunTextModel:
         self.batch_size = batch_size
         self.name = str(path)
         self.identity = fingerprint(loaded.weights, self.tokenizer.name, str(next(self.model.parameters()).dtype))
+        self.front = [self.tokenizer.separator]
         self.prefix_token: int | None = self.tokenizer.separator
         self.max_length: int | None = None
 

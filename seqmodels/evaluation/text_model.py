@@ -31,12 +31,14 @@ class TextModel(Protocol):
     Attributes:
         name: for tables.
         identity: changes when weights or tokenizer do; results of another identity are refused.
+        front: ids that the tokenizer puts before every text by itself.
         prefix_token: id that stands before a text with no context; None where the tokenizer has none.
         max_length: longest context in tokens, None where nothing bounds it.
     """
 
     name: str
     identity: str
+    front: list[int]
     prefix_token: int | None
     max_length: int | None
 

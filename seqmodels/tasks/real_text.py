@@ -164,7 +164,7 @@ def truncated(task: str, example: Mapping[str, Any], codec: Codec, limit: int) -
     return {**example, wanted.document: codec.decode(tokens[start : start + want])}
 
 
-def _rows(task: str, source: str, needs: str) -> Iterable[Mapping[str, Any]]:
+def _rows(task: str, source: str, needs: str) -> Iterable[Any]:
     path = Path(source).expanduser()
     if path.is_dir() and not _is_saved(path):
         inside = [path / f"{task}.jsonl", path / task]
@@ -182,7 +182,7 @@ def _rows(task: str, source: str, needs: str) -> Iterable[Mapping[str, Any]]:
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if SPLIT not in loaded:
-            raise CorpusError(f"{path} has no split {SPLIT!r}, only {', '.join(loaded)}; {needs}")
+            raise CorpusError(f"{path} has no split {SPLIT!r}, only {', '.join(map(str, loaded))}; {needs}")
         return loaded[SPLIT]
     if source.startswith((".", "/", "~")) or source.endswith(".jsonl"):
         raise CorpusError(f"{source} does not exist; {needs}")

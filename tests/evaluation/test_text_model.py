@@ -135,7 +135,7 @@ def test_batches_of_equal_length():
 class Echo:
     """Says the first word of a prompt's last line; counts what it is asked."""
 
-    name, identity, prefix_token, max_length = "echo", "e1", None, None
+    name, identity, front, prefix_token, max_length = "echo", "e1", [], None, None
 
     def __init__(self) -> None:
         self.asked = []

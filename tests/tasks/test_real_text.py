@@ -152,7 +152,7 @@ def test_questions_lay_out_the_cut_document_once_or_twice():
 
 
 def test_questions_refuse_layouts_and_limits():
-    with pytest.raises(ValueError, match="unknown layout 'twise'.*twice"):
+    with pytest.raises(ValueError, match=r"unknown layout 'twise'.*twice"):
         list(questions("fda", [PAGE], Words(), layout="twise"))
     with pytest.raises(ValueError, match="limit is 50; expected more than the 50 tokens"):
         list(questions("fda", [PAGE], Words(), limit=50))
@@ -195,7 +195,7 @@ def test_what_is_missing_says_where_to_get_it(tmp_path):
     with pytest.raises(CorpusError, match="does not exist"):
         load_examples("fda", str(tmp_path / "absent.jsonl"))
     (tmp_path / "fda.jsonl").write_text("")
-    with pytest.raises(CorpusError, match="holds no example.*hazyresearch/based-fda"):
+    with pytest.raises(CorpusError, match=r"holds no example.*hazyresearch/based-fda"):
         load_examples("fda", tmp_path)
     write_lines(tmp_path / "nq.jsonl", [CLOZE, {**CLOZE, "answers": ["", " "], "question": None}])
     with pytest.raises(CorpusError, match=r"example 1 of .* lacks question, answers.*based_nq_512"):
