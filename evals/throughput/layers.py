@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import seqmodels
+from evals.throughput import hybrid
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error, tensors_of
 from evals.throughput.rivals import require
 from evals.throughput.state_space import s4d_rival
+from seqmodels.channel import CHANNELS
 from seqmodels.models.arguments import build_layer
 from seqmodels.models.initialization import construction
 
@@ -289,6 +291,10 @@ def _rivals(case: Case, layer: nn.Module, device: torch.device) -> Iterator[Any]
         yield "mamba-ssm Mamba3", lambda: _mamba_ssm("mamba3", "Mamba3", layer, width).to(**made), {}
     if case.layer == "s4d" and case.mode != "decode":
         yield s4d_rival(layer)
+    for name, make, facts in hybrid.twins(case, layer):
+        yield name, lambda make=make: make().to(**made), facts
+    if case.layer in CHANNELS:
+        return
     softmax = {"same_function": False, "omits": "softmax attention of the same width, not the same function"}
     yield "sdpa layer", lambda: SdpaLayer(width).to(**made), softmax
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import seqmodels
-from evals.throughput import feature_attention, rivals, state_space
+from evals.throughput import feature_attention, hybrid, rivals, state_space
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error
 from seqmodels import backends
 
@@ -360,6 +360,10 @@ OPS: dict[str, Op] = {
     "mamba3": Op(
         _mamba3_inputs, _mamba3, _mamba3_cost, _mamba3_backward_cost,
         ("x", "b", "c", "z", "dt", "log_decay", "trapezoid", "rate", "b_bias", "c_bias", "skip"), _mamba3_rivals,
+    ),
+    "sparse_attention": Op(
+        hybrid.sparse_inputs, hybrid.sparse, hybrid.sparse_cost, hybrid.sparse_backward_cost,
+        ("q", "k", "v", "scores"), hybrid.sparse_rivals,
     ),
     "vandermonde": Op(
         state_space.vandermonde_inputs, state_space.vandermonde, state_space.vandermonde_cost,

@@ -38,6 +38,6 @@ _operator = Operator(
     "Tensor x, Tensor weight, Tensor ends",
     outputs=1,
     fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
-    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch")},
+    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch", "cpu": f"{_PACKAGE}.torch"},
     differentiable=(0, 1),
 )

@@ -54,6 +54,8 @@ def sparse_attention(
         cache: what came before, see :class:`SparseCache`. None: the documents begin here.
         layout: documents; None: one a row. Outputs at padding are zero.
 
+    On the CPU backend "cpu" goes block by block through PyTorch's own kernels; there is no C++ of ours in it.
+
     Returns:
         y (batch, length, H, head_dim). Memory is linear in the length; gradients flow to q, k, v,
         scores and the cache.
@@ -169,5 +171,5 @@ _step_operator = Operator(
     "Tensor(h!) global_position, float scale",
     outputs=1,
     fake=lambda q, *_: q.new_empty(q.shape),
-    modules={"reference": f"{_PACKAGE}.torch_step", "torch": f"{_PACKAGE}.torch_step"},
+    modules={name: f"{_PACKAGE}.torch_step" for name in ("reference", "torch", "cpu")},
 )
