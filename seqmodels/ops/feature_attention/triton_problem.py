@@ -234,7 +234,8 @@ def _takes_taylor(device: Device) -> bool:
 def _choose_small(device: Device, variant: Mapping[str, Any], dtype: str) -> Tile:
     """Four warps have twice the registers on AMD; elsewhere eight, but where the operands of eight are copies."""
     if variant["FEATURE_MAP"] == "taylor":
-        return SMALL_FOUR if device.backend == "hip" or "log_decay" in variant else SMALL
+        plain = "log_decay" in variant and not variant["REVERSE"]
+        return SMALL_FOUR if device.backend == "hip" or plain else SMALL
     return SMALL_FOUR if variant["FEATURE_MAP"] == "hedgehog_split" and variant.get("NORMALIZE") and (
         device.target == "sm_80" and "log_decay" in variant and variant["BLOCK_K"] <= 64
     ) else SMALL  # fmt: skip
