@@ -24,7 +24,7 @@ Bytes a token and head, bf16: q, k, v are read once and y is written once, 2 (2 
 divisor costs 4 more and nothing else is written: 512 + 4 for D = P = 64 (the roofline's 512), 324
 for Taylor with D = 16, P = 64. A prefix (feature_attention_state) reads k and v alone, 2 (D + P)
 a prefix token: 640 with half the tokens in the prefix at D = P = 64, 404 for JRT's shape. A second
-value block, where one is needed, reads q and k again, from the L2 cache as a rule. Cut into segments,
+value block (tiles hold 16 or 32 values) reads q and k again, from the L2 cache as a rule. Cut into segments,
 keys and values are read twice, and a state of 4 F (P + 1) bytes is written and read for each.
 """
 
