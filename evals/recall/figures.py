@@ -29,6 +29,7 @@ def draw(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     arms = sorted({point.arm for points in plans.values() for point in points})
     look = {
@@ -48,6 +49,9 @@ def draw(
             chance = points[0].about["cell"]["chance"]
             for axes in (left, right):
                 axes.set(xscale="log", ylim=(-0.03, 1.05))
+                axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+                axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+0", "e")))
+                axes.tick_params(axis="x", which="minor", labelsize=6)
                 if chance is not None:
                     axes.axhline(chance, color="black", lw=0.8, ls="--")
             left.set(title=plan, ylabel="accuracy", xlabel="state, bytes of one sequence")
