@@ -1,0 +1,112 @@
+"""Stacks like published hybrids: the order of their layers and their parameters, counted from the published layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seqmodels.models import LanguageModel, load_config
+
+FOLDER = Path(__file__).parents[2] / "configs" / "models"
+
+
+def build(name: str) -> LanguageModel:
+    return LanguageModel(load_config(FOLDER / f"{name}.yaml"), device="meta")
+
+
+def kinds(model: LanguageModel) -> list[str]:
+    return [spec.name for spec, _, _ in model.backbone.named_layers()]
+
+
+def mamba2(d: int, state: int, groups: int = 1, head: int = 64, kernel: int = 4) -> int:
+    inner, heads = 2 * d, 2 * d // head
+    conv = inner + 2 * groups * state
+    return d * (inner + conv + heads) + conv * (kernel + 1) + 3 * heads + inner + inner * d
+
+
+def attention(d: int, heads: int, key_heads: int, head: int) -> int:
+    return d * head * (heads + 2 * key_heads) + heads * head * d
+
+
+def test_jamba() -> None:
+    model, d = build("jamba-like-52b"), 4096
+    assert kinds(model)[::2] == ["attention" if i % 8 == 4 else "mamba2" for i in range(32)]
+    assert kinds(model)[1::2] == ["chunk_moe" if i % 2 == 1 else "swiglu" for i in range(32)]
+    mlp = 3 * d * 14336
+    count = 28 * mamba2(d, 16) + 4 * attention(d, 32, 8, 128) + 16 * mlp + 16 * (16 * mlp + 16 * d)
+    count += 2 * 65536 * d + 65 * d
+    assert model.num_parameters() == count
+    assert abs(count / 52e9 - 1) < 0.02
+    unused = 16 * 14 * mlp
+    assert abs((count - unused) / 12e9 - 1) < 0.02  # 12 billion take part in a token
+    cache = model.state_bytes(256 * 1024) - model.state_bytes(1)
+    assert cache == 4 * 2 * 8 * 128 * (256 * 1024 - 1) * 4  # 8 GiB in float32: the 4 GB at 16 bits
+
+
+def test_zamba2() -> None:
+    model, d = build("zamba2-like-2.7b"), 2560
+    sequence, sites = kinds(model), []
+    for index, kind in enumerate(sequence):
+        if kind == "attention":
+            assert sequence[index + 1] == "mlp"
+            sites.append(sequence[:index].count("mamba2"))
+    assert sites == [6, 12, 18, 24, 30, 36, 42, 47, 51]
+    assert sequence.count("mamba2") == 54
+    shares = [spec.share for spec in model.backbone.specs if spec.share is not None]
+    assert shares[::2] == ["attention_a", "attention_b"] * 4 + ["attention_a"]
+    assert shares[1::2] == ["mlp_a", "mlp_b"] * 4 + ["mlp_a"]
+    shared = attention(d, 32, 32, 80) + 3 * d * 10240 + 2 * d
+    assert model.num_parameters() == 54 * (mamba2(d, 64) + d) + 2 * shared + 32000 * d + d
+    # One set of weights, a cache a site.
+    assert model.state_bytes(1001) - model.state_bytes(1000) == 9 * 2 * 32 * 80 * 4
+
+
+def test_samba() -> None:
+    model, d = build("samba-like-421m"), 1536
+    assert kinds(model) == ["mamba2", "swiglu", "attention", "swiglu"] * 6
+    count = 6 * (mamba2(d, 16) + attention(d, 12, 12, 128) + 2 * 3 * d * 4096) + 32000 * d + 25 * d
+    assert model.num_parameters() == count
+    assert abs(count / 421e6 - 1) < 0.02
+    assert model.state_bytes(4096) == model.state_bytes(1_000_000)
+
+
+def test_griffin() -> None:
+    model, d = build("griffin-like-7b"), 4096
+    mixers = kinds(model)[::2]
+    assert mixers == ["hydra_diag", "hydra_diag", "attention"] * 10 + ["hydra_diag"] * 2
+    assert kinds(model)[1::2] == ["mlp"] * 32
+    rotations = {spec.layers[0].arguments.get("rotary_fraction") for spec in model.backbone.specs[4::6]}
+    assert rotations == {0.5}
+    count = 22 * (5 * d * d + d) + 10 * attention(d, 32, 1, 128) + 32 * 3 * d * 3 * d + 256000 * d + 65 * d
+    assert model.num_parameters() == count
+    assert model.state_bytes(2048) == model.state_bytes(1_000_000)
+
+
+def test_nemotron_h() -> None:
+    model, d = build("nemotron-h-like-8b"), 4096
+    letters = {"mamba2": "M", "attention": "*", "mlp": "-"}
+    assert "".join(letters[kind] for kind in kinds(model)) == "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"
+    count = 24 * mamba2(d, 128, groups=8) + 4 * attention(d, 32, 8, 128) + 24 * 2 * d * 21504
+    count += 2 * 131072 * d + 53 * d
+    assert model.num_parameters() == count
+    assert abs(count / 8e9 - 1) < 0.02
+
+
+def test_mamba3_hybrid() -> None:
+    model = build("mamba3-1.5b-hybrid")
+    assert kinds(model)[::2] == (["mamba3"] * 5 + ["attention"]) * 4
+    assert all(spec.layers[0].arguments["rotary_fraction"] == 0.0 for spec in model.backbone.specs[10::12])
+    assert all(layer.norm is not None for spec, layer, _ in model.backbone.named_layers() if spec.name == "mamba3")
+    d, inner, state, heads, angles = 2048, 4096, 128, 64, 32
+    # z, x, B, C, step, decay, trapezoid, angles; biases of B and C and skips by head, norms of B and C, the norm before
+    # the gate, and the way out
+    mamba3 = d * (2 * inner + 2 * state + 3 * heads + angles) + 2 * heads * state + 2 * heads + 2 * state + inner
+    mamba3 += inner * d
+    count = 20 * mamba3 + 4 * 4 * d * d + 24 * 3 * d * 4096 + 128256 * d + 49 * d
+    assert model.num_parameters() == count
+
+
+@pytest.mark.parametrize("name", ["jamba-like-52b", "griffin-like-7b", "samba-like-421m", "zamba2-like-2.7b"])
+def test_files_say_what_differs(name: str) -> None:
+    assert "# Other than the original: " in (FOLDER / f"{name}.yaml").read_text()
