@@ -56,7 +56,7 @@ class ChunkMoE(Mixer):
     Args:
         d_model: width.
         num_experts, experts_per_token: E and k.
-        d_hidden: inner width of an expert.
+        d_hidden: inner width of an expert; d_model when omitted.
         chunk_size: S.
         temperature: tau, a plain attribute that a curriculum may lower.
         balance: ``"loss"``: ``aux["balance_loss"]`` = balance_weight E sum_e f_e P_e, with f the share of
@@ -88,7 +88,7 @@ class ChunkMoE(Mixer):
         *,
         num_experts: int = 8,
         experts_per_token: int = 2,
-        d_hidden: int,
+        d_hidden: int | None = None,
         chunk_size: int = 128,
         temperature: float = 1.0,
         balance: Balance = "loss",
@@ -99,6 +99,7 @@ class ChunkMoE(Mixer):
     ) -> None:
         super().__init__(d_model)
         name = type(self).__name__
+        d_hidden = d_model if d_hidden is None else d_hidden
         check_positive(
             name, num_experts=num_experts, experts_per_token=experts_per_token, d_hidden=d_hidden, chunk_size=chunk_size
         )

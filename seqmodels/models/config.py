@@ -13,11 +13,11 @@ A stack of residual blocks is written as a pattern of words, or as an explicit l
       - 3x(gated_conv swiglu)
       - {layer: attention, window: 512}                  # this block alone
 
-``a|b`` is one block with two parallel paths, and ``gate`` a learned factor on what a path adds::
+``a|b`` is one block with two parallel paths, and ``path_gate`` a learned factor on what a path adds::
 
     pattern: "6x(mamba3|window swiglu)"
     layers:
-      mamba3: {gate: 0.8}                                # h + 0.8 mamba3(norm(h)) + window(norm(h)) at first
+      mamba3: {path_gate: 0.8}                           # h + 0.8 mamba3(norm(h)) + window(norm(h)) at first
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from seqmodels.models.arguments import convert_arguments, layer_names
 from seqmodels.models.block_spec import BlockSpec, LayerSpec, PathSpec
 from seqmodels.models.pattern import Words, parse_pattern
 
-RESERVED = ("layer", "share", "gate")  # keys of a layer's entry that are not its arguments
+RESERVED = ("layer", "share", "path_gate")  # keys of a layer's entry that are not its arguments
 
 
 class Initialization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -66,11 +66,12 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         d_model: width of the residual stream.
         pattern: blocks in words (:mod:`seqmodels.models.pattern`).
-        blocks: blocks as a list of patterns and of mappings ``{layer: word, share: id, gate: g, argument: value}``.
+        blocks: blocks as a list of patterns and of mappings
+            ``{layer: word, share: id, path_gate: g, argument: value}``.
             Exactly one of ``pattern`` and ``blocks`` is given.
         layers: arguments by word. ``layer`` in an entry makes the word another name of that layer, which
             starts from that layer's own entry; ``share`` makes all blocks of that id one set of weights;
-            ``gate: g`` multiplies what the layer's path adds by a learned scalar that begins at g.
+            ``path_gate: g`` multiplies what the layer's path adds by a learned scalar that begins at g.
         norm: "rms", "layer", "batch" (over batch and length: classifiers only) or "none".
         norm_place: "pre" (plus a norm after the last block) or "post".
         norm_epsilon: added to the mean square or variance.
@@ -125,7 +126,7 @@ class StackConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             spec, share, gate = self._resolve(entry["layer"], where)
             own = {key: value for key, value in entry.items() if key not in RESERVED}
             share = _share_id(entry, where) or share
-            gate = _gate(entry, where) if "gate" in entry else gate
+            gate = _gate(entry, where) if "path_gate" in entry else gate
             layer = LayerSpec(spec.name, {**spec.arguments, **own})
             specs.append(BlockSpec((PathSpec(entry["layer"], (layer,), gate),), share, where))
         if not specs:
@@ -300,11 +301,13 @@ def _share_id(entry: dict[str, Any], where: str) -> str | None:
 
 
 def _gate(entry: dict[str, Any], where: str) -> float | None:
-    gate = entry.get("gate")
+    gate = entry.get("path_gate")
     if gate is None:
         return None
     if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not math.isfinite(gate):
-        raise ValueError(f"{where}: 'gate' is {gate!r}; expected the first value of a learned factor, or null for none")
+        raise ValueError(
+            f"{where}: 'path_gate' is {gate!r}; expected the first value of a learned factor, or null for none"
+        )
     return float(gate)
 
 

@@ -111,11 +111,11 @@ class HydraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     def _layers(self) -> dict[str, dict[str, Any]]:
         state_space, attention, experts = self.gates
-        layers = {STATE_SPACE: {"layer": self.mixer, "gate": state_space, **self.state_space}}
+        layers = {STATE_SPACE: {"layer": self.mixer, "path_gate": state_space, **self.state_space}}
         if self.attention is not None:
-            layers[ATTENTION] = {"layer": "sparse_global_attention", "gate": attention, **self.attention}
+            layers[ATTENTION] = {"layer": "sparse_global_attention", "path_gate": attention, **self.attention}
         if self.experts is not None:
-            layers[EXPERTS] = {"layer": "chunk_moe", "gate": experts, **self.experts}
+            layers[EXPERTS] = {"layer": "chunk_moe", "path_gate": experts, **self.experts}
         if self.workspace is not None and self.attention is not None:
             layers[WORKSPACE] = {"share": WORKSPACE, **self.workspace}
         if self.memory is not None:

@@ -272,7 +272,7 @@ def test_files_name_the_architecture(tmp_path: Path) -> None:
         load_config(path)
     config = load_config(FOLDER / "hydra-toy.yaml")
     again = convert(HydraConfig(**SMALL).model_config(), ModelConfig)
-    assert again.layers["state_space"]["gate"] == 0.8
+    assert again.layers["state_space"]["path_gate"] == 0.8
     assert SparseGlobalAttention.__name__ in repr(LanguageModel(config, device="meta"))
 
 

@@ -15,8 +15,8 @@ from seqmodels.models.block import Parallel
 
 WORDS = {
     "linear_attention": {"num_heads": 2, "decay": "data_dependent"},
-    "window": {"layer": "attention", "num_heads": 2, "window": 5, "gate": 0.3},
-    "swiglu": {"d_hidden": 24, "gate": 0.5},
+    "window": {"layer": "attention", "num_heads": 2, "window": 5, "path_gate": 0.3},
+    "swiglu": {"d_hidden": 24, "path_gate": 0.5},
     "mlp": {"d_hidden": 8},
 }
 PATTERN = "linear_attention|window|swiglu mlp gated_conv>swiglu|mlp swiglu"
@@ -113,7 +113,7 @@ def test_what_does_not_run_keeps_its_state_and_has_no_gradient(where: str) -> No
 
 
 def test_metrics_name_the_path_and_losses_add_up() -> None:
-    layers = {"test_running_sum": {"gate": 0.1}, "again": {"layer": "test_running_sum", "gate": 0.2}}
+    layers = {"test_running_sum": {"path_gate": 0.1}, "again": {"layer": "test_running_sum", "path_gate": 0.2}}
     model = hybrid(pattern="test_running_sum|again|gated_conv", layers=layers)
     aux = model(tokens(2, 6)).aux
     assert set(aux) == {
@@ -145,10 +145,10 @@ def test_compiles_whole() -> None:
     ("pattern", "layers", "message"),
     [
         ("mlp|mlp", {}, "a path appears twice in 'mlp|mlp'"),
-        ("mlp>swiglu", {"mlp": {"gate": 1.0}}, "'mlp' has a gate, but in 'mlp>swiglu'"),
-        ("mlp", {"mlp": {"gate": "wide"}}, "'gate' is 'wide'; expected the first value"),
-        ("mlp", {"mlp": {"gate": True}}, "'gate' is True"),
-        ("mlp", {"mlp": {"gate": float("nan")}}, "'gate' is nan"),
+        ("mlp>swiglu", {"mlp": {"path_gate": 1.0}}, "'mlp' has a gate, but in 'mlp>swiglu'"),
+        ("mlp", {"mlp": {"path_gate": "wide"}}, "'path_gate' is 'wide'; expected the first value"),
+        ("mlp", {"mlp": {"path_gate": True}}, "'path_gate' is True"),
+        ("mlp", {"mlp": {"path_gate": float("nan")}}, "'path_gate' is nan"),
         ("mlp|swiglu", {"mlp": {"share": "a"}}, "'mlp|swiglu' is a branch of several layers; 'share'"),
     ],
 )
@@ -158,5 +158,5 @@ def test_refusals(pattern: str, layers: dict, message: str) -> None:
 
 
 def test_a_gate_of_one_block_alone() -> None:
-    config = ModelConfig(vocab_size=9, d_model=8, blocks=("mlp", {"layer": "mlp", "gate": 0.25}))
+    config = ModelConfig(vocab_size=9, d_model=8, blocks=("mlp", {"layer": "mlp", "path_gate": 0.25}))
     assert [block.paths[0].gate for block in config.block_specs()] == [None, 0.25]
