@@ -71,6 +71,9 @@ class ChunkMoE(Mixer):
         router_input: ``"past"``, or ``"paper_mean"``, the leaking mean over the whole chunk, for ablations: it is
             not causal, refuses a state and a step.
 
+    ``dense`` is a plain attribute that a curriculum may set: expert 0 then runs alone, on every token and with weight
+    1; nothing is decided, and ``aux`` is empty.
+
     ``aux`` also has ``load_max`` (the fullest expert's load over the mean), ``load_entropy`` (nats), ``dead_experts``
     and ``dropped`` (share of the terms).
 
@@ -121,6 +124,7 @@ class ChunkMoE(Mixer):
         usual = {"loss": 1e-2, "bias": 1e-3, "none": 0.0}[balance]
         self.balance_weight = usual if balance_weight is None else balance_weight
         self.router_input = router_input
+        self.dense = False
         self.router = nn.Linear(d_model, num_experts, bias=False)
         self.in_weight = nn.Parameter(torch.empty(num_experts, 2 * d_hidden, d_model))  # gate, then up
         self.out_weight = nn.Parameter(torch.empty(num_experts, d_model, d_hidden))
@@ -254,6 +258,10 @@ class ChunkMoE(Mixer):
 
     def _route(self, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The k experts, their weights and all logits for router inputs (..., d_model) in float32."""
+        if self.dense:
+            k, logits = self.experts_per_token, mean.new_zeros(*mean.shape[:-1], self.num_experts)
+            rank = torch.arange(k, device=mean.device).expand(*mean.shape[:-1], k)
+            return torch.where(rank == 0, 0, self.num_experts), (rank == 0).to(mean.dtype), logits
         with torch.autocast(mean.device.type, enabled=False):
             logits = linear(mean, self.router.weight.to(mean.dtype)) / self.temperature
         expert = (logits + self.selection_bias.to(logits.dtype)).topk(self.experts_per_token, dim=-1).indices
@@ -273,7 +281,7 @@ class ChunkMoE(Mixer):
 
     def _within_capacity(self, decision: _Decision, blocks: AlignedBlocks) -> Tensor | None:
         """(chunks, k) bool: the terms an expert has room for; None where nothing is limited."""
-        if self.capacity_factor is None or not self.training:
+        if self.capacity_factor is None or not self.training or self.dense:
             return None
         k, documents = self.experts_per_token, int(blocks.last.shape[0])
         capacity = (self.capacity_factor * decision.fresh.sum() * k / self.num_experts).ceil()
@@ -291,6 +299,8 @@ class ChunkMoE(Mixer):
 
     def _statistics(self, decision: _Decision, kept: Tensor | None) -> dict[str, Tensor]:
         """Losses and metrics of the decisions made here."""
+        if self.dense:
+            return {}
         fresh = decision.fresh[:, None]
         experts = torch.arange(self.num_experts, device=fresh.device)
         count = (((decision.expert[..., None] == experts) & fresh[..., None]).sum((0, 1))).to(decision.logits.dtype)

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from seqmodels.configuration import ConfigError, apply_overrides, convert, load_yaml
 from seqmodels.models.config import ModelConfig, write_out
+from seqmodels.training.curriculum_config import CurriculumConfig, check_curriculum
 from seqmodels.training.prefix import PrefixConfig, check_prefix
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -82,6 +83,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         model: the language model's configuration: a mapping, or the path of a YAML file relative
             to this one (it is read in, so that the run's own copy is complete).
         prefix: weights and masks of the prefix objective; a model of that objective only.
+        curriculum: stages in which parts of the model are switched on (:mod:`seqmodels.training.curriculum_config`).
         steps: optimiser steps.
         batch_size: rows a step, over all processes and micro-batches.
         accumulation: micro-batches a step on each process; they are averaged.
@@ -99,6 +101,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     prefix: PrefixConfig | None = None
+    curriculum: CurriculumConfig | None = None
     steps: Positive = 1000
     batch_size: Positive = 16
     accumulation: Positive = 1
@@ -135,6 +138,7 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
     config = convert({**data, "model": write_out(data["model"], "model")}, TrainConfig)
     config.model.check_layers()
     check_prefix(config.prefix, config.model, config.data.sequence_length)
+    check_curriculum(config.curriculum, config.model, config.steps)
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; "

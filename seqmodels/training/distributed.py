@@ -80,9 +80,12 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 
 
 def parallelize(
-    objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes
+    objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes, *, whole: bool = True
 ) -> nn.Module:
-    """The objective with gradients averaged over processes; parameters sharded block by block for ``fsdp``."""
+    """The objective with gradients averaged over processes; parameters sharded block by block for ``fsdp``.
+
+    ``whole``: every parameter meets a gradient in every step (under a curriculum, not all do).
+    """
     if here.world_size == 1:
         return objective
     if kind == "fsdp":
@@ -91,7 +94,8 @@ def parallelize(
             fully_shard(block, mesh=mesh)
         fully_shard(objective, mesh=mesh)
         return objective
-    return DistributedDataParallel(objective, device_ids=[here.device] if here.device.type == "cuda" else None)
+    devices = [here.device] if here.device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=not whole)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from seqmodels.training.checkpoint import (
     save_checkpoint,
 )
 from seqmodels.training.config import TrainConfig
+from seqmodels.training.curriculum import Curriculum
 from seqmodels.training.data import TextData, load_text
 from seqmodels.training.display import Display
 from seqmodels.training.distributed import Processes, gradient_exchange, parallelize, processes
@@ -103,8 +104,14 @@ class Trainer:
         self.parts = objective.parts
         if config.compile:
             objective.compile()
-        self.objective = parallelize(objective, list(self.model.backbone.blocks), config.parallel, here)
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        curriculum = config.curriculum
+        blocks = list(self.model.backbone.blocks)
+        self.objective = parallelize(objective, blocks, config.parallel, here, whole=curriculum is None)
+        self.curriculum = None
+        if curriculum is not None:
+            self.curriculum = Curriculum(curriculum, self.model, config.steps, config.seed)
+        part = self.curriculum.part if self.curriculum else lambda name: None
+        self.optimizer = make_optimizer(self.model, config.optimizer, part)
         self._layers = [layer for layer in self.model.modules() if isinstance(layer, Mixer)]
         # Dropout differs from process to process; the weights above do not.
         torch.manual_seed(config.seed * 1_000_003 + here.rank)
@@ -126,6 +133,8 @@ class Trainer:
             clock, counted = time.perf_counter(), self.step
             while self.step < config.steps:
                 factor = learning_rate_factor(config.schedule, self.step, config.steps)
+                if self.curriculum:
+                    self.curriculum.begin(self.step)
                 losses, gradient_norm = self._take_step(factor)
                 self._loss_sum = [total + loss for total, loss in zip(self._loss_sum, losses, strict=True)]
                 self._loss_count += 1
@@ -164,7 +173,9 @@ class Trainer:
             self._stop(batches, losses, norm_value)  # before clipping, which spreads a NaN to all gradients
         if config.optimizer.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
-        set_learning_rate(self.optimizer, factor)
+        curriculum = self.curriculum
+        own = (lambda part: curriculum.factor(part, self.step)) if curriculum else lambda part: 1.0
+        set_learning_rate(self.optimizer, factor, own)
         self.optimizer.step()
         self.optimizer.zero_grad()
         for layer in self._layers:
@@ -206,7 +217,15 @@ class Trainer:
             gradient_norm=gradient_norm,
             tokens=self.step * tokens_per_step,
             tokens_per_second=steps_per_second * tokens_per_step,
+            **self._stage(),
         )
+
+    def _stage(self) -> dict[str, Any]:
+        """The curriculum's stage of the last step, and the gates by part."""
+        if self.curriculum is None:
+            return {}
+        stage = self.curriculum.stages[self.curriculum.stage(self.step - 1)]
+        return {"stage": stage.name, "gates": self.curriculum.gates()}
 
     @torch.no_grad()
     def _validate(self, data: PackedText) -> None:
@@ -261,7 +280,8 @@ class Trainer:
         # Names were compared above; a tensor with two names is stored under the first one only.
         self.model.load_state_dict(checkpoint.model, strict=False)
         try:
-            load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer)
+            untrained = self.curriculum.untrained(checkpoint.trainer["step"]) if self.curriculum else ()
+            load_optimizer_tensors(self.model, self.optimizer, checkpoint.optimizer, untrained)
         except KeyError as error:
             raise CheckpointError(
                 f"{path / 'optimizer.safetensors'} has no entry {error}; it belongs to another model"

@@ -1,0 +1,190 @@
+"""A curriculum at work: what runs at a step, what moves, and how fast.
+
+Everything but two things is a function of the step, so that a run that goes on in the middle of a
+stage does what it would have done: copying experts happens before the first step of its stage, with noise
+drawn from the run's seed, and a gate keeps in the weights what its ramp gave it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from seqmodels.channel import ChunkMoE
+from seqmodels.configuration import ConfigError
+from seqmodels.mixers.base import Mixer
+from seqmodels.models import LanguageModel
+from seqmodels.models.block import Block, Branch, Parallel
+from seqmodels.training.curriculum_config import GATE, CurriculumConfig, RampConfig
+
+JUMPS = 8  # of a whole number's ramp
+
+
+class _Site(NamedTuple):
+    """One place of a part in the model: its block, its path there, and the path's gate."""
+
+    block: Block
+    layer: nn.Module
+    gate: nn.Parameter | None
+
+
+class Curriculum:
+    """The stages of a run over ``model``.
+
+    Args:
+        config: checked (:func:`~seqmodels.training.curriculum_config.check_curriculum`).
+        model: its blocks and layers are switched and changed in place.
+        steps: of the run.
+        seed: of the noise on copied experts.
+    """
+
+    def __init__(self, config: CurriculumConfig, model: LanguageModel, steps: int, seed: int) -> None:
+        self.stages, self.seed = config.stages, seed
+        self.first = config.first_steps(steps)
+        self.sites: dict[str, list[_Site]] = {}
+        self._parts: dict[str, tuple[str, bool]] = {}  # parameter to its part, and whether it is a gate
+        self._find_sites(model)
+        self.staged = {word for stage in self.stages for word in stage.activates}
+
+    def stage(self, step: int) -> int:
+        """The number of the stage that ``step`` belongs to."""
+        return sum(first <= step for first in self.first[1:-1])
+
+    def begin(self, step: int) -> None:
+        """Makes the model what it is in ``step``; to be called before each."""
+        now = self.stage(step)
+        waiting = {word for stage in self.stages[now + 1 :] for word in stage.activates}
+        for word, sites in self.sites.items():
+            dense = word in self.stages[now].dense
+            for site in sites:
+                if isinstance(site.block.layer, Parallel):
+                    (site.block.layer.inactive.add if word in waiting else site.block.layer.inactive.discard)(word)
+                else:
+                    site.block.inactive = word in waiting
+                for layer in _experts(site.layer):
+                    layer.dense = dense
+        if step == self.first[now]:
+            for word, noise in self.stages[now].copy_expert.items():
+                for layer in {id(layer): layer for site in self.sites[word] for layer in _experts(site.layer)}.values():
+                    self._copy_expert(layer, noise, now)
+        for number, stage in enumerate(self.stages[: now + 1]):
+            for ramp in stage.ramps:
+                self._move(ramp, step - self.first[number])
+
+    def part(self, name: str) -> tuple[str, bool]:
+        """The part that a parameter belongs to ("" for what always runs), and whether it is a gate."""
+        return self._parts.get(name, ("", False))
+
+    def factor(self, part: tuple[str, bool], step: int) -> float:
+        """Of the learning rate of a part's weights, or of its gates, in ``step``."""
+        word, is_gate = part
+        now = self.stage(step)
+        local = step - self.first[now]
+        stage = self.stages[now]
+        if is_gate:
+            for ramp in stage.ramps:
+                if (ramp.part, ramp.quantity) == (word, GATE) and local < ramp.after + ramp.steps:
+                    return 0.0
+        return stage.older_factor if local < stage.older_steps and word not in self._new(now) else 1.0
+
+    def untrained(self, step: int) -> set[str]:
+        """Parameters that may have met no gradient in the steps before ``step``: those of parts that have not run,
+        and of experts that have only run as one."""
+        if step == 0:
+            return set(self._parts)
+        stages = self.stages[: self.stage(step - 1) + 1]
+        trained = set()
+        for word in self.sites:
+            since = next((i for i, stage in enumerate(stages) if word in stage.activates), None)
+            if since is None and word in self.staged:
+                continue
+            if not all(word in stage.dense for stage in stages[since or 0 :]):  # else its router has met none
+                trained.add(word)
+        return {name for name, (word, _) in self._parts.items() if word not in trained}
+
+    def gates(self) -> dict[str, list[float]]:
+        """The gates of each part that has them, by site."""
+        values = {}
+        for word, sites in self.sites.items():
+            gates = [_whole(site.gate).item() for site in sites if site.gate is not None]
+            if gates:
+                values[word] = gates
+        return values
+
+    def _new(self, now: int) -> set[str]:
+        new = set(self.stages[now].activates)
+        if now:
+            new |= set(self.stages[now - 1].dense) - set(self.stages[now].dense)
+        return new
+
+    @torch.no_grad()
+    def _move(self, ramp: RampConfig, local: int) -> None:
+        progress = min(1.0, max(0.0, (local - ramp.after) / ramp.steps))
+        value = ramp.start + (ramp.end - ramp.start) * progress
+        for site in self.sites[ramp.part]:
+            if ramp.quantity == GATE:
+                if local <= ramp.after + ramp.steps:  # the end itself once; from there on it is learned
+                    assert site.gate is not None
+                    site.gate.fill_(value)
+                continue
+            for layer in _members(site.layer):
+                before = getattr(layer, ramp.quantity, None)
+                if isinstance(before, int):
+                    jumps = int(progress * JUMPS) / JUMPS
+                    setattr(layer, ramp.quantity, round(ramp.start + (ramp.end - ramp.start) * jumps))
+                elif before is not None:
+                    setattr(layer, ramp.quantity, value)
+
+    @torch.no_grad()
+    def _copy_expert(self, layer: ChunkMoE, noise: float, stage: int) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + stage)
+        for weight in (layer.in_weight, layer.out_weight):
+            whole = _whole(weight)
+            first = whole[:1]
+            drawn = torch.randn(whole.shape, generator=generator, dtype=torch.float32).to(whole)
+            copies = first + noise * first.std() * drawn
+            copies[0] = first[0]
+            if isinstance(weight, DTensor):
+                copies = distribute_tensor(copies, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.copy_(copies)
+
+    def _find_sites(self, model: LanguageModel) -> None:
+        owner: dict[int, str] = {}
+        for index, spec in zip(model.backbone.order, model.backbone.specs, strict=True):
+            block = model.backbone.blocks[index]
+            assert isinstance(block, Block)
+            for path in spec.paths:
+                word = path.word
+                if isinstance(block.layer, Parallel):
+                    number = block.layer.words.index(word)
+                    site = _Site(block, block.layer.paths[number], block.layer.gate(word))
+                    places = [f"backbone.blocks.{index}.layer.paths.{number}."]
+                else:
+                    if owner.setdefault(index, word) != word:
+                        raise ConfigError(
+                            f"{spec.where}: {word!r} and {owner[index]!r} share their weights, so a curriculum cannot "
+                            "tell them apart; give them one word"
+                        )
+                    site = _Site(block, block.layer, None)
+                    places = [f"backbone.blocks.{index}."]
+                self.sites.setdefault(word, []).append(site)
+                for name, parameter in model.named_parameters():
+                    if any(name.startswith(place) for place in places):
+                        self._parts[name] = (word, False)
+                    elif parameter is site.gate:
+                        self._parts[name] = (word, True)
+
+
+def _members(layer: nn.Module) -> list[Mixer]:
+    return layer.members() if isinstance(layer, Branch) else [layer] if isinstance(layer, Mixer) else []
+
+
+def _experts(layer: nn.Module) -> list[ChunkMoE]:
+    return [member for member in _members(layer) if isinstance(member, ChunkMoE)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
