@@ -1,4 +1,4 @@
-"""Accuracy against state bytes and against tokens per second, on one figure."""
+"""Accuracy against state bytes and against tokens per second, on one figure; and over the steps of training."""
 
 from __future__ import annotations
 
@@ -56,6 +56,38 @@ def draw(
                     axes.axhline(chance, color="black", lw=0.8, ls="--")
             left.set(title=plan, ylabel="accuracy", xlabel="state, bytes of one sequence")
             right.set(title=plan, xlabel="training, tokens per second")
+        handles: dict[str, Any] = {}
+        for axes in grid.flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.tight_layout()
+        figure.legend(handles.values(), handles.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)
+        figure.savefig(path, bbox_inches="tight")
+        plt.close(figure)
+
+
+def draw_curves(plans: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Test accuracy after each evaluation over the steps of training, a panel for each plan, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = sorted({point.arm for points in plans.values() for point in points})
+    color = {arm: f"C{index % 10}" for index, arm in enumerate(arms)}
+    style = {arm: ("-", "--", ":")[index // 10 % 3] for index, arm in enumerate(arms)}
+    with plt.rc_context(_STYLE):
+        figure, grid = plt.subplots(len(plans), 1, figsize=(7.2, 2.8 * len(plans)), squeeze=False)
+        for (plan, points), axes in zip(plans.items(), grid[:, 0], strict=True):
+            for point in points:
+                for run in point.chosen:
+                    history = run.about["history"]
+                    steps = [run.about["steps"] * (index + 1) / len(history) for index in range(len(history))]
+                    axes.plot(
+                        [0, *steps], [point.about["cell"]["chance"] or 0, *history], color=color[point.arm],
+                        ls=style[point.arm], lw=1.1, alpha=0.85, label=point.arm,
+                    )  # fmt: skip
+            axes.set(title=plan, xlabel="steps", ylabel="accuracy", ylim=(-0.03, 1.05))
         handles: dict[str, Any] = {}
         for axes in grid.flat:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -72,6 +72,9 @@ def _suite_page(suite: str, points: list[Point], rows: Sequence[Mapping[str, Any
         "training" + (", of one core's processor time." if runs[0].cell["device"] == "cpu" else ", wall time.")
     )
     yield ""
+    curves = f"{suite}-curves.png"
+    figures.draw_curves(whole, target / curves)
+    yield from (f"![accuracy over the steps of training, suite {suite}]({curves})", "")
     for plan, some in whole.items():
         yield from _plan(suite, plan, some)
     if len(whole) < len(plans):
