@@ -152,6 +152,24 @@ def test_packed_documents_and_padding():
     assert y[:, 18:].abs().max() == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_nan(backend):
+    """Left padding puts it where gathers of "no token" would read: the first row."""
+    layout = Layout.left_padded([9, 5], 13)
+    tensors = [x.detach() for x in inputs(13)]
+    for x in tensors:
+        x[~layout.valid] = float("nan")
+    tensors = [x.requires_grad_() for x in tensors]
+    with seqmodels.backend(backend):
+        y = sparse_attention(*tensors, window=5, num_globals=3, block=4, layout=layout)
+        grads = torch.autograd.grad(y.square().sum(), tensors)
+        alone = sparse_attention(*(x[1:, 8:] for x in tensors), window=5, num_globals=3, block=4)
+    torch.testing.assert_close(y[1:, 8:], alone, rtol=1e-12, atol=1e-12)
+    for x in (y, *grads):
+        assert x[~layout.valid].abs().max() == 0
+        assert x.isfinite().all()
+
+
 def test_memory_grows_linearly():
     """All that a forward and backward allocate: at twice the length twice as much (a square would be four times)."""
 

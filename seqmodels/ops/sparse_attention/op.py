@@ -77,6 +77,9 @@ def sparse_attention(
         _check_cache(owner, cache, documents, k, window, num_globals, block)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
+    if layout is not None:
+        # The derivative of log sigmoid at NaN times no gradient is NaN.
+        scores = torch.where(layout.valid, scores, 0)
     if backends.requested_backend() == "reference":
         return reference.forward(q, k, v, scores, cache, starts, lengths, window, num_globals, block, scale)
     tables = block_tables(scores.detach(), starts, lengths, cache, window, num_globals, block)

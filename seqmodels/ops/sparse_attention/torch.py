@@ -34,11 +34,13 @@ def forward(
     heads, width = keys.shape[1:]
     repeat = q.shape[2] // heads
     extra = 2 + -(width + 2) % _ALIGNMENT
-    queries = q.flatten(0, 1)[token.clamp_min(0)]  # (T, S, H R, P)
+    # Where there is no token a row of zeros is read: padding may hold NaN, which a mask does not stop.
+    q_rows, keys, values, bias = (pad(x, (0, 0) * (x.dim() - 1) + (0, 1)) for x in (q.flatten(0, 1), keys, values, bias))
+    queries = q_rows[torch.where(token < 0, q_rows.shape[0] - 1, token)]  # (T, S, H R, P)
     queries = pad(pad(queries, (0, 2), value=1.0), (0, extra - 2))
     queries = queries.unflatten(2, (heads, repeat)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     sources = torch.cat([local_source, global_source], dim=1)
-    row = sources.clamp_min(0)
+    row = torch.where(sources < 0, keys.shape[0] - 1, sources)
     key = keys[row].transpose(1, 2)
     bias_TK = torch.cat([torch.zeros_like(local_source, dtype=bias.dtype), bias[row[:, local_source.shape[1] :]]], 1)
     # In two pieces, so that a bfloat16 key loses none of it.
