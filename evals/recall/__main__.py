@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 SPEED = "speed"  # the suite that measures the training loop itself
+REAL_TEXT = "real_text"  # the suite of trained models on text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,11 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         epilog="exit status: 0, 1 when a control fails or a cell could not be run, 2 for wrong arguments",
     )
-    parser.add_argument(
-        "--suite", metavar="NAME|FILE", help=f"{', '.join([*suite_names(), SPEED])}, or a YAML file of your own"
-    )
+    names = ", ".join([*suite_names(), SPEED, REAL_TEXT])
+    parser.add_argument("--suite", metavar="NAME|FILE", help=f"{names}, or a YAML file of your own")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
+    parser.add_argument("--models", nargs="+", default=[], metavar="RUN", help=f"of {REAL_TEXT}: runs, or hf:NAME")
+    parser.add_argument("--data", metavar="FOLDER", help=f"of {REAL_TEXT}: TASK.jsonl files; the hub if absent")
     parser.add_argument("--jobs", type=int, help="cells at a time, a thread each: the cores or GPUs given when absent")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results.jsonl; finished cells in it are kept")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
@@ -62,6 +64,10 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return 0
     if options.out is None:
         parser.error("--out DIR is missing")
+    if options.suite == REAL_TEXT:
+        from evals.recall import real_text
+
+        return real_text.measure(Results(options.out, SUITE), options.models, data=options.data, tasks=options.tasks)
     if options.suite == SPEED:
         from evals.recall.speed import measure
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.recall import figures
+from evals.recall import figures, real_text
 from evals.recall.published import BASED_POINTS, SOURCES, published
 from evals.recall.summary import SUITE, Point, collect, judge, summarise
 from evals.results import latest, markdown_table, read
@@ -24,7 +24,8 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
     """
     rows = [row for row in read(*folders) if row["suite"] == SUITE]
     runs = collect(rows)
-    if not runs:
+    text = list(real_text.page(rows))
+    if not runs and not text:
         where = ", ".join(map(str, folders))
         raise FileNotFoundError(f"no finished {SUITE} runs in {where}; run --suite cpu --out DIR first")
     target.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,7 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
     lines = ["# Recall", "", "What the tasks are, and how to read this page: `docs/recall.md`.", ""]
     for suite in sorted({point.suite for point in points}):
         lines += _suite_page(suite, [point for point in points if point.suite == suite], rows, target)
+    lines += text
     lines += _speed(rows)
     path = target / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")

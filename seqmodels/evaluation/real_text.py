@@ -14,6 +14,7 @@ from seqmodels.evaluation.text_model import TextModel
 from seqmodels.tasks.real_text import MAX_NEW_TOKENS, STOP, WINDOW, questions
 from seqmodels.tasks.recall_scoring import contains
 
+SUFFIX = ".answers"  # JSON lines; not .jsonl, which in a results folder are rows
 GROUP = 32  # questions answered between two writes
 
 
@@ -52,7 +53,7 @@ def evaluate_recall(
 ) -> RecallScore:
     """accuracy = mean over questions of [any gold answer is in the text generated up to the first new line].
 
-    Answers go to ``folder/TASK-LAYOUT-LIMIT.jsonl`` as they are finished; the same call goes on from there.
+    Answers go to ``folder/TASK-LAYOUT-LIMIT.answers`` as they are finished; the same call goes on from there.
 
     Args:
         examples: from :func:`~seqmodels.tasks.real_text.load_examples`.
@@ -76,7 +77,7 @@ def evaluate_recall(
         "model": model.identity, "questions": digest.hexdigest(),
     }  # fmt: skip
     name = f"{task}-{layout}-{'uncut' if limit is None else limit}"
-    records = Records(Path(folder) / f"{name}.jsonl", header)
+    records = Records(Path(folder) / f"{name}{SUFFIX}", header)
     waiting = [question for question in asked if str(question.index) not in records.items]
     for begin in range(0, len(waiting), GROUP):
         group = waiting[begin : begin + GROUP]
