@@ -35,7 +35,9 @@ def forward(
     repeat = q.shape[2] // heads
     extra = 2 + -(width + 2) % _ALIGNMENT
     # Where there is no token a row of zeros is read: padding may hold NaN, which a mask does not stop.
-    q_rows, keys, values, bias = (pad(x, (0, 0) * (x.dim() - 1) + (0, 1)) for x in (q.flatten(0, 1), keys, values, bias))
+    q_rows, keys, values, bias = (
+        pad(x, (0, 0) * (x.dim() - 1) + (0, 1)) for x in (q.flatten(0, 1), keys, values, bias)
+    )
     queries = q_rows[torch.where(token < 0, q_rows.shape[0] - 1, token)]  # (T, S, H R, P)
     queries = pad(pad(queries, (0, 2), value=1.0), (0, extra - 2))
     queries = queries.unflatten(2, (heads, repeat)).permute(0, 2, 3, 1, 4).flatten(2, 3)
