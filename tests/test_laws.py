@@ -25,7 +25,9 @@ VARIANTS: dict[str, dict[str, dict]] = {
     },
     "sparse_global_attention": {
         "plain": dict(num_heads=2, window=6, num_globals=5, block=4),
-        "grouped": dict(num_heads=4, num_kv_heads=2, window=9, num_globals=2, block=5, rotary_fraction=0.5, qk_norm=True),
+        "grouped": dict(
+            num_heads=4, num_kv_heads=2, window=9, num_globals=2, block=5, rotary_fraction=0.5, qk_norm=True
+        ),
         "window alone": dict(num_heads=2, window=4, num_globals=0, block=3),
     },
     "kv_shift_attention": {

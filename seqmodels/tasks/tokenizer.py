@@ -50,7 +50,9 @@ class HuggingFaceTokenizer:
         special = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
         separator = next((token for token in special if token is not None), None)
         if separator is None:
-            raise ValueError(f"tokenizer {path!r} has neither a bos nor an eos token, nor a sep token; one must separate documents")
+            raise ValueError(
+                f"tokenizer {path!r} has neither a bos nor an eos token, nor a sep token; one must separate documents"
+            )
         self.name = path
         self.vocab_size = len(self._tokenizer)
         self.separator = separator
