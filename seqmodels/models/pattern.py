@@ -60,7 +60,7 @@ def _sequence(pattern: str, at: int, depth: int) -> tuple[list[Words], int]:
                 raise _error(pattern, opened, "nothing between the parentheses")
             at = match.end()
         else:
-            paths = [(match["word"],)]
+            paths: list[tuple[str, ...]] = [(match["word"],)]
             at = match.end()
             while (match := _next(pattern, at)) is not None and match["sign"] in (">", "|"):
                 after = _next(pattern, match.end())
