@@ -200,7 +200,9 @@ class Workspace(Mixer):
     def _write(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (..., slots) and gated values (..., rank) in float32, and the gates."""
         dtype = state_dtype(rows.dtype)
-        score = (self.write_key(rows) @ self.addresses.to(rows.dtype).T / math.sqrt(self.rank)).to(dtype)
+        key = self.write_key(rows).to(dtype)
+        with torch.autocast(rows.device.type, enabled=False):
+            score = key @ self.addresses.to(dtype).T / math.sqrt(self.rank)
         gate = torch.sigmoid(self.write_gate(rows) - 1)
         return score, (gate * self.write_value(rows)).to(dtype), gate.squeeze(-1)
 
@@ -217,14 +219,17 @@ class Workspace(Mixer):
         weight = (score - largest[:, None]).exp() * held[..., None]
         scale = (old - largest).exp() * inside[:, None]
         mass = weight.sum(1) + scale * carried.mass
-        gathered = weight.mT @ value + scale[..., None] * carried.gathered
+        with torch.autocast(rows.device.type, enabled=False):  # as decode adds them
+            gathered = weight.mT @ value + scale[..., None] * carried.gathered
         return _Sums(largest, mass, gathered), gate
 
     def _update(self, sums: _Sums, whole: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z (n, slots) and z candidate (n, slots, d_model); z = 0 for a segment that is not whole."""
         mass = sums.mass.clamp_min(torch.finfo(sums.mass.dtype).tiny)
         evidence = sums.largest + mass.log() - math.log(self.segment)
-        chosen = torch.zeros_like(evidence).scatter(-1, evidence.topk(self.active, dim=-1).indices, 1.0)
+        # A stable sort: equal evidence gives the same slots (the first) in every shape and on every device.
+        best = evidence.sort(dim=-1, descending=True, stable=True).indices[..., : self.active]
+        chosen = torch.zeros_like(evidence).scatter(-1, best, 1.0)
         z = torch.sigmoid(evidence - 2) * chosen * whole[:, None]
         with torch.autocast(mass.device.type, enabled=False):
             candidate = (sums.gathered / mass[..., None]) @ self.write_out.weight.to(mass.dtype).T
@@ -264,7 +269,7 @@ def _segments(blocks: AlignedBlocks, documents: Tensor) -> Layout:
     """The blocks of every document as a layout of one row; ``documents`` has one entry for each."""
     used, index = blocks.used, torch.arange(blocks.used.shape[0], device=documents.device)
     count = torch.zeros_like(documents).index_add(0, blocks.document, used.long())
-    first = torch.where(count > 0, blocks.last - count + 1, used.shape[0])
+    first = count.cumsum(0) - count  # ascending, past documents without a token too
     document = torch.where(used, blocks.document, -1)
     position = torch.where(used, index - first[blocks.document], 0)
     return Layout(first, count, document[None], position[None])

@@ -84,6 +84,31 @@ def test_slots_go_from_window_to_window_of_a_document_and_start_anew_with_the_ne
     assert torch.equal(fresh.slots[0], layer.initial_slots)
 
 
+def test_autocast_leaves_the_sums_of_the_slots_in_float32():
+    """Decode adds in float32; sums rounded to bfloat16 in forward (2^-9 of about 1) would part from it."""
+    torch.manual_seed(0)
+    layer = Workspace(16, num_slots=6, rank=8, active=3, segment=8)
+    x = torch.randn(2, 21, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        whole = layer(x, return_state=True).state
+        stepped = layer.init_state(2)
+        for t in range(21):
+            layer.step(x[:, t], stepped)
+    # The projections in front round in bfloat16 alike; float32 sums of 8 terms of size about 1.
+    for (name, one), (_, two) in zip(whole.tensors(), stepped.tensors(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_equal_evidence_writes_the_first_slots():
+    layer = make()
+    with torch.no_grad():
+        layer.addresses.zero_()
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+    slots = layer(x, return_state=True).state.slots[0]
+    written = (slots != layer.initial_slots).any(1)
+    assert written.tolist() == [True, True, False, False, False]
+
+
 def test_metrics_of_gates_and_updates():
     layer = make(active=5)
     aux = layer(torch.zeros(1, 8, 6, dtype=torch.float64)).aux
