@@ -129,7 +129,8 @@ class ChunkMoE(Mixer):
         self.in_weight = nn.Parameter(torch.empty(num_experts, 2 * d_hidden, d_model))  # gate, then up
         self.out_weight = nn.Parameter(torch.empty(num_experts, d_model, d_hidden))
         self.register_buffer("selection_bias", torch.zeros(num_experts))
-        self.register_buffer("assigned", torch.zeros(num_experts), persistent=False)  # since the last update
+        # Decisions since the last update, as integers: a layer in bfloat16 would stop counting at 256.
+        self.register_buffer("assigned", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -214,7 +215,8 @@ class ChunkMoE(Mixer):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.assigned)
-        self.selection_bias += self.balance_weight * torch.sign(self.assigned.mean() - self.assigned)
+        short = torch.sign(self.assigned.sum() - self.num_experts * self.assigned)
+        self.selection_bias += self.balance_weight * short
         self.assigned.zero_()
 
     def flops(self, length: int) -> int:
@@ -264,7 +266,9 @@ class ChunkMoE(Mixer):
             return torch.where(rank == 0, 0, self.num_experts), (rank == 0).to(mean.dtype), logits
         with torch.autocast(mean.device.type, enabled=False):
             logits = linear(mean, self.router.weight.to(mean.dtype)) / self.temperature
-        expert = (logits + self.selection_bias.to(logits.dtype)).topk(self.experts_per_token, dim=-1).indices
+        # A stable sort, so that equal logits give the same choice (the first) in every shape and on every device.
+        order = (logits + self.selection_bias.to(logits.dtype)).sort(dim=-1, descending=True, stable=True).indices
+        expert = order[..., : self.experts_per_token]
         return expert, logits.gather(-1, expert).softmax(-1), logits
 
     def _experts(self, flat: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
@@ -303,7 +307,8 @@ class ChunkMoE(Mixer):
             return {}
         fresh = decision.fresh[:, None]
         experts = torch.arange(self.num_experts, device=fresh.device)
-        count = (((decision.expert[..., None] == experts) & fresh[..., None]).sum((0, 1))).to(decision.logits.dtype)
+        load = ((decision.expert[..., None] == experts) & fresh[..., None]).sum((0, 1))
+        count = load.to(decision.logits.dtype)
         decisions = decision.fresh.sum().clamp_min(1)
         share = count / count.sum().clamp_min(1)
         aux = {}
@@ -314,7 +319,7 @@ class ChunkMoE(Mixer):
             log_sum = torch.where(decision.fresh, decision.logits.logsumexp(-1), 0)
             aux["z_loss"] = self.z_weight * log_sum.square().sum() / decisions
         if self.balance == "bias" and self.training:
-            self.assigned += count.to(self.assigned.dtype)
+            self.assigned += load
         aux["load_max"] = share.amax() * self.num_experts
         aux["load_entropy"] = torch.special.entr(share).sum()
         aux["dead_experts"] = (count == 0).sum()

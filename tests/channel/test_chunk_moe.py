@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+import seqmodels
 from seqmodels.channel import ChunkMoE
 from seqmodels.layout import Layout
 from seqmodels.ops.grouped_linear import grouped_linear
@@ -141,6 +142,28 @@ def test_selection_bias_moves_toward_balance_and_only_in_training():
     assert layer.assigned.abs().sum() == 0
 
 
+def test_a_layer_in_bfloat16_counts_past_256():
+    layer = make(balance="bias", experts_per_token=1, chunk_size=1).bfloat16().train()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.selection_bias.copy_(torch.tensor([3.0, 0, 0, 0]))
+    layer(torch.ones(1, 300, 8, dtype=torch.bfloat16))
+    layer(torch.ones(1, 1, 8, dtype=torch.bfloat16))
+    assert layer.assigned.tolist() == [301, 0, 0, 0]
+
+
+def test_equal_logits_choose_the_first_experts():
+    layer = make()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.selection_bias.zero_()
+    x = torch.randn(3, 12, 8, dtype=torch.float64)
+    state = layer(x, return_state=True).state
+    assert state.expert.tolist() == [[0, 1]] * 3
+    layer.step(x[:, 0], state)
+    assert state.expert.tolist() == [[0, 1]] * 3
+
+
 def test_capacity_drops_exactly_the_latest_terms():
     """All chunks want experts 0 then 1. Of 4 chunks times 2 terms over 4 experts, factor 1 gives each room for 2."""
     layer = make(capacity_factor=1.0).train()
@@ -177,11 +200,13 @@ def test_padding_is_not_routed_nor_counted():
     assert out.aux["balance_loss"].isfinite()
 
 
-def test_rows_behind_the_last_group_are_zero_whatever_they_hold():
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+def test_rows_behind_the_last_group_are_zero_whatever_they_hold(backend):
     x = torch.full((5, 3), float("nan"), dtype=torch.float64)
     x[:3] = torch.arange(9.0).view(3, 3)
     weight = torch.randn(2, 4, 3, dtype=torch.float64)
-    y = grouped_linear(x, weight, torch.tensor([1, 3], dtype=torch.int32))
+    with seqmodels.backend(backend):
+        y = grouped_linear(x, weight, torch.tensor([1, 3], dtype=torch.int32))
     torch.testing.assert_close(y[:3], torch.stack([weight[0] @ x[0], weight[1] @ x[1], weight[1] @ x[2]]))
     assert y[3:].abs().max() == 0
     with pytest.raises(ValueError, match="do not fit together"):

@@ -9,5 +9,6 @@ from torch import Tensor
 def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     row = torch.arange(x.shape[0], device=x.device)[:, None]
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    chosen_NE = ((row >= starts) & (row < ends)).to(x.dtype)
-    return torch.einsum("ne,neo->no", chosen_NE, torch.einsum("ni,eoi->neo", x, weight))
+    chosen_NE = (row >= starts) & (row < ends)
+    # Chosen, not multiplied by 0 and 1: rows of no group may hold NaN.
+    return torch.where(chosen_NE[..., None], torch.einsum("ni,eoi->neo", x, weight), 0).sum(1)
