@@ -153,7 +153,7 @@ class ProductKeyMemory(TokenwiseChannel):
     def _usage(self, rows: Tensor, weights: Tensor, gate: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         table = self.values.shape[0]
         if valid is not None:
-            weights, gate = weights * valid[..., None, None], gate * valid
+            weights, gate = torch.where(valid[..., None, None], weights, 0), torch.where(valid, gate, 0)
         mass = torch.zeros(table, dtype=weights.dtype, device=weights.device)
         mass = mass.index_add(0, rows.flatten(), weights.flatten())
         share = mass / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)
