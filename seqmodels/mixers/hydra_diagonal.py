@@ -71,7 +71,7 @@ class HydraDiagonal(Mixer):
         decay, read, update = self._project(x)
         after, final = linear_recurrence(decay, update, initial_state=before, layout=layout)
         # s_t is the recurrence's value one token earlier: a convolution whose only weight meets the previous token.
-        previous = torch.tensor([1.0, 0.0], dtype=after.dtype, device=x.device).expand(self.d_model, 2)
+        previous = torch.eye(1, 2, dtype=after.dtype, device=x.device).expand(self.d_model, 2)  # (1, 0)
         seen, _ = short_conv(
             after, previous, initial_state=None if before is None else before.unsqueeze(1), layout=layout
         )
