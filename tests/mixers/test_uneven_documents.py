@@ -1,4 +1,4 @@
-"""Packed documents that go on unevenly from call to call, some without a token in between, equal each document whole."""
+"""Packed documents that go on unevenly, some without a token in a call, equal each document whole."""
 
 from __future__ import annotations
 
