@@ -118,6 +118,7 @@ class Trainer:
 
         self.step = 0
         self._loss_sum, self._loss_count = [0.0] * len(self.parts), 0  # since the last metric row
+        self._aux: dict[str, float] = {}  # the layers' losses and metrics in the last step
         latest = self.run.latest() if resume else None
         if latest is not None:
             self._restore(latest)
@@ -159,16 +160,19 @@ class Trainer:
         config = self.config
         self.objective.train()
         batches = [self._batch(index) for index in range(config.accumulation)]
-        mean = torch.zeros(len(self.parts), device=self.here.device)
+        mean, aux = torch.zeros((), device=self.here.device), {}
         for index, batch in enumerate(batches):
             with gradient_exchange(self.objective, last=index == config.accumulation - 1):
-                loss, parts = self._forward(batch, self.data.train)
+                loss, parts, aux = self._forward(batch, self.data.train)
                 (loss / config.accumulation).backward()
-            mean += parts.detach() / config.accumulation
+            numbers = torch.cat([parts, *(value.reshape(1) for value in aux.values())]).detach()
+            mean = mean + numbers / config.accumulation
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         *losses, norm_value = torch.cat([self.here.mean(mean), norm.to(mean)[None]]).tolist()
+        self._aux = dict(zip(aux, losses[len(self.parts) :], strict=True))
+        del losses[len(self.parts) :]
         if not all(map(math.isfinite, (*losses, norm_value))):
             self._stop(batches, losses, norm_value)  # before clipping, which spreads a NaN to all gradients
         if config.optimizer.gradient_clip is not None:
@@ -197,7 +201,7 @@ class Trainer:
             return data.batch(first, count)
         return self.masking.batch(data, first, count, validation=data is self.data.validation)
 
-    def _forward(self, batch: TextBatch, data: PackedText) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: TextBatch, data: PackedText) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         device = self.here.device
         # One capacity for all batches, so that a compiled objective is compiled once.
         capacity = data.document_capacity(self.rows) if self.config.compile else None
@@ -217,6 +221,7 @@ class Trainer:
             gradient_norm=gradient_norm,
             tokens=self.step * tokens_per_step,
             tokens_per_second=steps_per_second * tokens_per_step,
+            **({"layers": self._aux} if self._aux else {}),
             **self._stage(),
         )
 
@@ -235,7 +240,7 @@ class Trainer:
         total = torch.zeros(len(self.parts), device=self.here.device)
         for begin in range(0, rows, self.rows):
             count = min(self.rows, rows - begin)
-            _, parts = self._forward(self._rows(data, self.here.rank * rows + begin, count), data)
+            _, parts, _ = self._forward(self._rows(data, self.here.rank * rows + begin, count), data)
             total += parts * count
         losses = self.here.mean(total / rows).tolist()
         means = {f"validation_{name}": loss for name, loss in zip(self.parts, losses, strict=True)}

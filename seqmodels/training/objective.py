@@ -25,10 +25,11 @@ class Objective(nn.Module):
 
     def forward(
         self, tokens: Tensor, targets: Tensor, layout: Layout, masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What to differentiate, and the mean cross-entropies (parts,) in nats for each token."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What to differentiate, the mean cross-entropies (parts,) in nats for each token, and what the layers say
+        of themselves: auxiliary losses (in the first) and metrics by name."""
         output = self.model.loss(tokens, targets, layout=layout)
-        return output.loss, (output.cross_entropy / output.num_targets.clamp(min=1))[None]
+        return output.loss, (output.cross_entropy / output.num_targets.clamp(min=1))[None], output.aux
 
 
 class PrefixObjective(Objective):
@@ -42,14 +43,14 @@ class PrefixObjective(Objective):
 
     def forward(
         self, tokens: Tensor, targets: Tensor, layout: Layout, masked: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert masked is not None  # the loop draws it for this objective
         output = prefix_loss(
             self.model, tokens, masked,
             mask_id=self.mask_id, targets=targets, layout=layout,
             next_token_weight=self.next_token_weight, masked_weight=self.masked_weight,
         )  # fmt: skip
-        return output.loss, torch.stack([output.next_token, output.masked])
+        return output.loss, torch.stack([output.next_token, output.masked]), output.aux
 
 
 def make_objective(model: LanguageModel, masking: PrefixMasking | None) -> Objective:

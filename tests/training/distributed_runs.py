@@ -12,8 +12,12 @@ from training_cases import tiny_config
 
 from seqmodels.training.loop import train
 
-PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv linear_attention swiglu"}
-PLAIN["layers"] = {"linear_attention": {"num_heads": 2, "decay": "fixed"}}
+PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv chunk_moe linear_attention swiglu"}
+PLAIN["layers"] = {
+    "linear_attention": {"num_heads": 2, "decay": "fixed"},
+    # Loads are summed over the processes; the auxiliary losses are means over a process's own chunks.
+    "chunk_moe": {"num_experts": 4, "d_hidden": 8, "chunk_size": 8, "balance": "bias", "z_weight": 0.0},
+}
 CHANGES = {"model": PLAIN, "accumulation": 2, "checkpoint": {"every": 3, "keep": 9}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import msgspec
 import pytest
@@ -51,6 +52,49 @@ def test_metric_rows_say_what_happened(tmp_path):
     assert rows[-1]["learning_rate"] == pytest.approx(5e-4)
     assert rows[0]["bits_per_byte"] == pytest.approx(rows[0]["loss"] / math.log(2), rel=0.02)
     assert all(row["gradient_norm"] > 0 for row in rows)
+
+
+ROUTED = {
+    "vocab_size": 256,
+    "d_model": 16,
+    "pattern": "gated_conv chunk_moe gated_conv by_load",
+    "layers": {
+        "chunk_moe": {"num_experts": 4, "d_hidden": 8, "chunk_size": 4, "balance_weight": 0.5},
+        "by_load": {"layer": "chunk_moe", "balance": "bias", "balance_weight": 0.01},
+    },
+}
+
+
+def test_rows_hold_what_layers_say_and_the_loss_holds_their_losses(tmp_path):
+    config = tiny_config(tmp_path, model=ROUTED, accumulation=2)
+    result = train(config, tmp_path / "run")
+    (row, *_) = [row for row in result.run.rows() if "loss" in row]
+    layers = row["layers"]
+    assert layers.keys() == {
+        "balance_loss", "z_loss", *(f"block{i}.{name}" for i in (1, 3) for name in ("load_max", "load_entropy")),
+        "block1.dead_experts", "block3.dead_experts",
+    }  # fmt: skip
+    # E sum_e f_e P_e is 1 where either f or P is even, and at most E.
+    assert 0.4 < layers["balance_loss"] <= 0.5 * 4
+    assert 1 <= layers["block1.load_max"] <= 4
+    model, tokens = result.model.eval(), torch.randint(256, (2, 16))
+    output = model.loss(tokens)
+    own = output.cross_entropy / output.num_targets + output.aux["balance_loss"] + output.aux["z_loss"]
+    assert output.loss.item() == pytest.approx(own.item(), rel=1e-6)
+
+
+def test_resuming_keeps_the_selection_bias_bit_for_bit(tmp_path):
+    config = tiny_config(tmp_path, model=ROUTED, checkpoint={"every": 4, "keep": 9})
+    train(config, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_00000008")
+    train(config, tmp_path / "again", resume=True)
+    whole, resumed = (
+        load_file(tmp_path / run / "checkpoints" / "step_00000008" / "model.safetensors") for run in ("run", "again")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    bias = whole["backbone.blocks.3.layer.selection_bias"]
+    assert bias.abs().amax() >= 0.0199  # at least two steps of 0.01 in one direction
 
 
 def test_accumulation_gives_the_step_of_the_whole_batch(tmp_path):
