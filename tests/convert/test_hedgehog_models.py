@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from seqmodels.convert.files import ConversionError
 from seqmodels.convert.hedgehog import AttentionSettings, HedgehogCache, load, swap_attention
 from seqmodels.convert.hedgehog.models import load_original
+from seqmodels.mixers.hedgehog import HedgehogCore
 from tests.convert.hedgehog_models import naive_attention, perturb, tiny, tokens
 
 DECODERS = ("gpt2", "llama", "mistral")
@@ -192,13 +193,34 @@ def test_masks_that_cannot_be_expressed_are_refused() -> None:
         model(ids, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool).tril())
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 5\); expected"):
         model(ids, attention_mask=torch.ones(2, 5, dtype=torch.int64))
-    with pytest.raises(ValueError, match="packed sequences"):
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2), use_cache=False)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    for use_cache in (False, True):
+        for mask in (None, torch.ones(2, 8, dtype=torch.int64)):
+            with pytest.raises(ValueError, match="row 0 is 0, 1, 2, 3, 0, 1, 2, 3: packed sequences"):
+                model(ids, position_ids=packed, attention_mask=mask, use_cache=use_cache)
     right = torch.ones(2, 8, dtype=torch.int64)
     right[0, 6:] = 0
     cache = model(ids, attention_mask=right).past_key_values
     with pytest.raises(ValueError, match="neither left padding"):
         model(ids[:, :1], attention_mask=torch.cat([right, right.new_ones(2, 1)], 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_another_attention_implementation_is_refused() -> None:
+    model, ids = converted("llama"), tokens(2, 8)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention implementation is 'sdpa'"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_decoding_behind_padding_takes_single_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = converted("llama"), tokens(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cache = model(ids, attention_mask=mask).past_key_values
+    monkeypatch.setattr(HedgehogCore, "forward", None)
+    model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+_ONE_A_ROW = "Give one sequence a row, with position_ids that rise by one, and mark padding in a 2-D attention_mask"
 _PLAIN = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
 
 
@@ -43,8 +44,7 @@ def key_mask(
     if mask_function not in _PLAIN:
         raise ValueError(
             "converted attention sees all tokens before the current one and no other pattern; this call asks for "
-            "packed sequences (position_ids that start again), a sliding window or a mask of its own. Give one "
-            "sequence a row, with position_ids that rise by one, and mark padding in a 2-D attention_mask"
+            f"packed sequences (position_ids that start again), a sliding window or a mask of its own. {_ONE_A_ROW}"
         )
     if attention_mask is None:
         return None
@@ -54,10 +54,28 @@ def key_mask(
             f"({batch_size}, {kv_length})"
         )
     if not torch.compiler.is_compiling():
-        if attention_mask.all():
-            return None
         _check_padding(attention_mask)
+        if attention_mask[:, kv_length - q_length :].all():  # old padding never reached the state
+            return None
     return attention_mask
+
+
+def check_positions(positions: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raises ValueError for ``position_ids`` (batch, new tokens) that do not rise by one between tokens that count:
+    packed sequences, whose tokens a linear state would mix. Not checked under ``torch.compile``."""
+    if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+        return
+    broken = positions.diff(dim=1) != 1
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -positions.shape[1] :].bool()
+        broken = broken & real[:, 1:] & real[:, :-1]
+    if broken.any():
+        row = int(broken.any(dim=1).nonzero()[0])
+        shown = ", ".join(map(str, positions[row % len(positions), :20].tolist()))
+        raise ValueError(
+            f"position_ids row {row} is {shown}{', ...' if positions.shape[1] > 20 else ''}: packed sequences, which "
+            f"converted attention would mix. {_ONE_A_ROW}"
+        )
 
 
 def check_two_dimensional(mask: Tensor | None) -> None:

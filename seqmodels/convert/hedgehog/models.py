@@ -35,6 +35,7 @@ from seqmodels.convert.hedgehog.families import (
     family_of,
     head_shape,
 )
+from seqmodels.convert.hedgehog.masks import check_positions
 from seqmodels.convert.hedgehog.runtime import Runtime
 from seqmodels.convert.hedgehog.settings import AttentionSettings
 from seqmodels.ops.registration import state_dtype
@@ -239,8 +240,19 @@ def load(folder: str | Path, **options: Any) -> HedgehogModel:
     return model
 
 
+# transformers' own implementations: they would run softmax past the cores and say nothing.
+_SOFTMAX = ("eager", "sdpa", "flex_attention", "flash_attention", "paged")
+
+
 def _before_forward(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     config, runtime = module.config, module.hedgehog_runtime
+    if config._attn_implementation.startswith(_SOFTMAX):
+        raise ValueError(
+            f"the attention implementation is {config._attn_implementation!r}; a converted model runs its own: "
+            f"set_attn_implementation({IMPLEMENTATION!r}), or load the original model for softmax attention"
+        )
+    # transformers looks for packed sequences only where there is neither a mask nor a cache, and here there is a cache.
+    check_positions(kwargs.get("position_ids"), kwargs.get("attention_mask"))
     use_cache = kwargs.get("use_cache")
     use_cache = config.use_cache if use_cache is None else use_cache
     cache = kwargs.get("past_key_values")
