@@ -13,9 +13,7 @@ def command(
     data: Annotated[str, typer.Option(help="text to score: a file, a folder, stdlib or hf:NAME[:CONFIG]")],
     out: Annotated[Path, typer.Option(help="JSON file of the result; must not exist yet")],
     train: Annotated[str | None, typer.Option(help="the model's training text, whose pairs are counted")] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="counts of --train: written when missing, read instead of --train when there")
-    ] = None,
+    table: Annotated[Path | None, typer.Option(help="counts of --train: written when missing, read when there")] = None,
     capacity: Annotated[int, typer.Option(min=1, help="different pairs counted at once, 16 bytes each")] = 1 << 24,
     suffixes: Annotated[list[str] | None, typer.Option(help="file name endings taken from folders")] = None,
     window: Annotated[int, typer.Option(min=4, help="tokens of a context")] = 2048,
@@ -46,27 +44,27 @@ def command(
 
     if out.exists():
         raise ValueError(f"{out} exists; give another --out, or delete it")
-    if table is not None and table.exists():
-        train = None
-    elif train is None:
+    counted = None if table is None or not table.exists() else BigramCounter.load(table)
+    if counted is None and train is None:
         raise ValueError("give --train, the text whose pairs are counted, or a --table that was written before")
+    corpus = None if train is None else open_corpus(train, suffixes=tuple(suffixes or ()))
+    if counted is not None and corpus is not None:
+        counted.check_origin({"corpus": corpus.fingerprint})
     scored = open_corpus(data, suffixes=tuple(suffixes or ()))
     other = None if beside is None else json.loads(beside.read_text(encoding="utf-8"))
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         bar = progress.add_task("pairs", total=None)
-        if train is None:
-            assert table is not None  # checked above
-            counter = BigramCounter.load(table)
-        else:
-            corpus = open_corpus(train, suffixes=tuple(suffixes or ()))
-            counter = count_bigrams(
-                opened, corpus, capacity, lambda pairs: progress.update(bar, description=f"{pairs:,} pairs counted")
-            )
+        if counted is None:
+            assert corpus is not None  # checked above
+            counted = count_bigrams(
+                opened, corpus, capacity, corpus=corpus.fingerprint,
+                progress=lambda pairs: progress.update(bar, description=f"{pairs:,} pairs counted"),
+            )  # fmt: skip
             if table is not None:
-                counter.save(table)
+                counted.save(table)
         score = evaluate_hits(
-            opened, scored, counter, window=window, contexts=contexts,
+            opened, scored, counted, window=window, contexts=contexts,
             progress=lambda done: progress.update(bar, description=f"{done:,} contexts scored"),
         )  # fmt: skip
     result = {"model": opened.name, "identity": opened.identity, "data": data, "window": window, **score.as_json()}
@@ -87,5 +85,5 @@ def command(
             if share is not None:
                 print(f"{100 * share:.0f} % of the gap to {other['model']} lies on hits")
     exact = "exact" if not score.count_error else f"too small by at most {score.count_error}"
-    print(f"counts of {counter.pairs:,} training pairs are {exact}")
+    print(f"counts of {counted.pairs:,} training pairs are {exact}")
     print(f"wrote {out}")

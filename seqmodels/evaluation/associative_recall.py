@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqmodels.evaluation.text_model import Pair, TextModel
+from seqmodels.evaluation.text_model import Pair, TextModel, fingerprint
 from seqmodels.tasks.associative_recall_hits import DEFINITIONS, HitLoss, Slice, repeat_distances, slice_order
 from seqmodels.tasks.bigrams import BigramCounter, pair_keys
 from seqmodels.tasks.corpus import CorpusError, Document
 
+_SAMPLE = "The quick brown fox, née Ünïcode, jumped 1,250 times over\n\tlazy_dogs(); -- naïve 北京 🦊 don't"
 GROUP = 64  # contexts between two lines of progress
 
 
@@ -47,11 +48,24 @@ def token_stream(model: TextModel, documents: Iterable[Document]) -> Iterator[np
         yield np.array([*front, *model.encode(document.content.decode("utf-8", "replace"))], np.int64)
 
 
+def tokenizer_mark(model: TextModel) -> str:
+    """Differs between tokenizers that split or number a few lines of text differently."""
+    return fingerprint(str([model.prefix_token, *model.encode(_SAMPLE)]))
+
+
 def count_bigrams(
-    model: TextModel, documents: Iterable[Document], capacity: int, progress: Callable[[int], None] | None = None
+    model: TextModel,
+    documents: Iterable[Document],
+    capacity: int,
+    *,
+    corpus: str = "",
+    progress: Callable[[int], None] | None = None,
 ) -> BigramCounter:
-    """Training counts with the model's own tokenizer; ``progress`` is told the pairs counted."""
-    counter = BigramCounter(capacity)
+    """Training counts with the model's own tokenizer, marked as of it and of ``corpus``.
+
+    ``progress`` is told the pairs counted.
+    """
+    counter = BigramCounter(capacity, origin={"tokenizer": tokenizer_mark(model), "corpus": corpus})
     for tokens in token_stream(model, documents):
         counter.add(tokens)
         if progress is not None:
@@ -77,13 +91,14 @@ def evaluate_hits(
         contexts: only the first so many; all when absent.
 
     Raises:
-        ValueError: a window that holds no pair, or is beyond the model.
+        ValueError: a window that holds no pair, or is beyond the model; counts of another tokenizer.
         CorpusError: no context of two tokens.
     """
     if window < 4:
         raise ValueError(f"window is {window}; expected at least 4 tokens: pairs repeat from the fourth on")
     if model.max_length is not None and window > model.max_length:
         raise ValueError(f"window is {window}; {model.name} reads {model.max_length} tokens")
+    counter.check_origin({"tokenizer": tokenizer_mark(model)})
     losses = {name: HitLoss(name) for name in DEFINITIONS}
     digest, count = hashlib.blake2b(digest_size=8), 0
     for group in _groups(token_stream(model, documents), window, contexts):

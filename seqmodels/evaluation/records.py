@@ -28,9 +28,9 @@ class Records:
         header = json.loads(json.dumps(dict(header)))  # as it will be read back
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
-            if content and not content.startswith(b'{"header"'):
-                raise ValueError(f"{path} is not a file of this evaluation; give another --out")
+        if content and not content.startswith(b'{"header"'):
+            raise ValueError(f"{path} is not a file of this evaluation: it has no header; give another --out")
+        if whole.count(b"\n") < 2:  # nothing is finished: the header may change
             path.write_text(json.dumps({"header": header}) + "\n", encoding="utf-8")
             return
         lines = [self._parse(number, line) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
@@ -61,7 +61,7 @@ class Records:
 
     def _compare(self, found: Any, header: Mapping[str, Any]) -> None:
         if not isinstance(found, dict):
-            raise ValueError(f"{self.path} does not begin with a header; give another --out, or move the file away")
+            raise ValueError(f"{self.path}:1 is no header; give another --out, or move the file away")
         different = [
             f"{name} is {found.get(name)!r} there, {header.get(name)!r} here"
             for name in sorted(set(found) | set(header))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,21 @@ class BigramCounter:
     and a pair that is not in the table occurred at most E times. A test ``count <= threshold`` is therefore wrong only
     for pairs whose true count lies in (threshold, threshold + E], which it takes for rare.
 
-    Memory: 16 bytes for each of ``capacity + chunk`` pairs, three times that while they are merged.
+    Memory: 16 bytes for each of ``capacity + chunk`` pairs, at most four times that while they are merged.
+
+    Args:
+        capacity: different pairs kept.
+        chunk: pairs that wait to be merged.
+        origin: what was counted, kept with the table (:meth:`check_origin`).
     """
 
-    def __init__(self, capacity: int = CAPACITY, *, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, capacity: int = CAPACITY, *, chunk: int = CHUNK, origin: Mapping[str, str] | None = None
+    ) -> None:
         if capacity < 1 or chunk < 1:
             raise ValueError(f"capacity is {capacity} and chunk {chunk}; expected at least 1 pair each")
         self.capacity, self.chunk = capacity, chunk
+        self.origin = dict(origin or {})
         self.pairs = 0
         self._error = 0
         self._keys, self._counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -71,7 +81,9 @@ class BigramCounter:
         self._merge()
         header = np.array([self.capacity, self.pairs, self._error], np.int64)
         with path.open("wb") as file:
-            np.savez(file, keys=self._keys, counts=self._counts, header=header)
+            np.savez(
+                file, keys=self._keys, counts=self._counts, header=header, origin=np.array(json.dumps(self.origin))
+            )
 
     @classmethod
     def load(cls, path: Path) -> BigramCounter:
@@ -79,14 +91,23 @@ class BigramCounter:
         try:
             with np.load(path, allow_pickle=False) as file:
                 keys, counts, header = (file[name] for name in ("keys", "counts", "header"))
+                origin = json.loads(str(file["origin"]))
         except (ValueError, KeyError, OSError, EOFError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise ValueError(f"{path} is no table of bigram counts: {error}") from error
-        found = cls(int(header[0]))
+        found = cls(int(header[0]), origin=origin)
         found._keys, found._counts = keys, counts
         found.pairs, found._error = int(header[1]), int(header[2])
         return found
+
+    def check_origin(self, expected: Mapping[str, str]) -> None:
+        """ValueError where the table was counted from something else than ``expected`` says."""
+        for name, value in expected.items():
+            if self.origin.get(name) != value:
+                raise ValueError(
+                    f"the counts are of another {name}: {self.origin.get(name)!r}, not {value!r}; count again"
+                )
 
     def _merge(self) -> None:
         if not self._waiting:

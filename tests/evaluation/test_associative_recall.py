@@ -63,6 +63,15 @@ def test_contexts_end_at_windows_and_documents():
     assert evaluate_hits(Bytes(), documents("abab"), counter, window=4).contexts == 1
 
 
+def test_counts_of_another_tokenizer_are_refused():
+    class Words(Bytes):
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+    with pytest.raises(ValueError, match="the counts are of another tokenizer"):
+        evaluate_hits(Words(), documents("a b"), count_bigrams(Bytes(), documents("ab"), capacity=100))
+
+
 def test_refusals():
     counter = count_bigrams(Bytes(), documents("ab"), capacity=100)
     with pytest.raises(ValueError, match="window is 3"):
@@ -104,6 +113,9 @@ def test_the_command(tmp_path):
     assert "exists; give another --out" in str(run("--out", tmp_path / "a.json", *table, status=1).exception)
     assert (tmp_path / "a.json").read_bytes() == kept
     assert "give --train" in str(run("--out", tmp_path / "c.json", status=1).exception)
+    (tmp_path / "other.txt").write_text("other text")
+    foreign = run("--out", tmp_path / "c.json", "--train", tmp_path / "other.txt", *table, status=1)
+    assert "the counts are of another corpus" in str(foreign.exception)
     other = run("--out", tmp_path / "c.json", *table, "--window", 32, "--beside", tmp_path / "a.json", status=1)
     assert "was scored on other text" in str(other.exception)
     assert (tmp_path / "c.json").exists()  # what was computed is kept

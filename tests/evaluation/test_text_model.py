@@ -199,7 +199,10 @@ def test_damaged_files_are_named(tmp_path):
         Records(path, {})
     assert path.read_text() == "hello"
     path.write_text('{"key": "1"}\n')
-    with pytest.raises(ValueError, match="does not begin with a header"):
+    with pytest.raises(ValueError, match="has no header"):
+        Records(path, {})
+    path.write_text('{"header": 1}\n{"key": "1"}\n')
+    with pytest.raises(ValueError, match="1 is no header"):
         Records(path, {})
     for line, message in (("{", "2 is not JSON"), ("[]", "2 is list"), ("{}", "2 has no key")):
         path.write_text('{"header": {}}\n' + line + "\n")
@@ -207,4 +210,7 @@ def test_damaged_files_are_named(tmp_path):
             Records(path, {})
     path.write_text('{"header"')  # killed in the first line: nothing was finished
     assert Records(path, {"a": (1, 2)}).items == {}
-    assert Records(path, {"a": (1, 2)}).items == {}
+    Records(path, {"a": 3}).add("x", value=1)  # nor is anything behind a header alone
+    assert Records(path, {"a": 3}).items == {"x": {"key": "x", "value": 1}}
+    with pytest.raises(ValueError, match="a is 3 there, 4 here"):
+        Records(path, {"a": 4})

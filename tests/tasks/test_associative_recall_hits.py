@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -82,6 +83,21 @@ def test_bounded_counts_keep_their_promise(capacity, chunk):
     assert 0 < counter.error <= counter.pairs / (capacity + 1)
     assert (found <= true).all()
     assert (true <= found + counter.error).all()
+
+
+def test_memory_is_bounded_however_much_is_counted():
+    capacity, chunk = 1 << 14, 1 << 13
+    counter = BigramCounter(capacity, chunk=chunk)
+    tracemalloc.start()
+    try:
+        for seed in range(40):  # 80,000 pairs, nearly all different
+            counter.add(draws(2000, 1 << 20, seed))
+        assert counter.error > 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # What the class promises, and a document with its draws: 64 bytes for each of 2,000 tokens.
+    assert peak <= 4 * 16 * (capacity + chunk) + 64 * 2000
 
 
 def test_tables_are_saved_and_read(tmp_path):
