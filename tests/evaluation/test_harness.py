@@ -165,6 +165,7 @@ def test_arguments_that_are_added():
     assert harness.arguments(own) == own
 
 
+@pytest.mark.slow  # lm-eval indexes its thousands of task files
 def test_the_command_line(run, tmp_path):
     data = fixture_data(tmp_path / "data")
     command = [
