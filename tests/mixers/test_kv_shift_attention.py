@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import seqmodels
 from seqmodels.mixers import Attention, KVShiftAttention
 from seqmodels.ops.kv_shift import kv_shift, kv_shift_step
 
@@ -114,6 +115,26 @@ def test_shift_is_its_definition(width):
     stepped = torch.stack([kv_shift_step(x[:, t].detach(), mix.detach(), state) for t in range(7)], dim=1)
     torch.testing.assert_close(stepped, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(state, final.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shift_and_step_agree_in_half_precision(dtype, backend):
+    """bfloat16 inputs, and float32 ones under autocast: outputs are bfloat16, the carried tokens float32 and raw."""
+    torch.manual_seed(0)
+    x, mix, state = torch.randn(2, 7, 3, 5, dtype=dtype), torch.rand(3, 2), torch.zeros(2, 1, 3, 5)
+    with seqmodels.backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        y, final = kv_shift(x, mix)
+        stepped = torch.stack([kv_shift_step(x[:, t], mix, state) for t in range(7)], dim=1)
+    assert y.dtype == stepped.dtype == torch.bfloat16
+    assert final.dtype == torch.float32
+    assert torch.equal(final[:, 0], x[:, -1].bfloat16().float())
+    assert torch.equal(state, final)
+    raw = x.bfloat16().double()
+    exact = mix[:, 0, None] * raw + mix[:, 1, None] * torch.cat([torch.zeros_like(raw[:, :1]), raw[:, :-1]], dim=1)
+    for found in (y, stepped):
+        # One rounding of the sum, 2^-9 of it, and of float32 products of size below 4.
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_the_carried_keys_are_raw():
