@@ -64,45 +64,102 @@ void* current_stream(const Tensor& tensor) {
 
 void check_launch(int error) { STD_TORCH_CHECK(error == 0, "CUDA launch failed: ", linear_recurrence_error(error)); }
 
-Tensor forward(Tensor decay, Tensor x, OptionalTensor initial_state, OptionalTensor document, OptionalTensor flags) {
-  const int64_t documents = initial_state.has_value() ? initial_state->size(0) : 0;
-  const RecurrenceGrid grid = grid_of(decay, x, initial_state, document, flags, documents);
+// (batch, segments, channels[, 2]).
+std::vector<int64_t> segments_shape(const RecurrenceGrid& grid) {
+  std::vector<int64_t> shape{grid.batch, (grid.length + grid.segment - 1) / grid.segment, grid.channels};
+  if (grid.complex) shape.push_back(2);
+  return shape;
+}
+
+// A launch over segments; their states before them come from `carry`.
+void cut(RecurrenceGrid& grid, int64_t segment, const OptionalTensor& carry, const Tensor& x) {
+  STD_TORCH_CHECK(segment >= 1 && (grid.length + segment - 1) / segment <= 65535, "at most 65535 segments fit a launch");
+  grid.segment = segment;
+  if (!carry.has_value()) return;
+  int64_t numel = 1;
+  for (int64_t size : segments_shape(grid)) numel *= size;
+  check(*carry, "carry", ScalarType::Float, numel, x);
+  grid.carry = static_cast<const float*>(carry->data_ptr());
+}
+
+const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
+
+// Where a launch over segments leaves their maps.
+std::tuple<Tensor, Tensor> maps(RecurrenceGrid& grid, const Tensor& x) {
+  Tensor products = torch::stable::new_empty(x, segments_shape(grid)), ends = torch::stable::empty_like(products);
+  grid.products = static_cast<float*>(products.data_ptr()), grid.ends = static_cast<float*>(ends.data_ptr());
+  return {products, ends};
+}
+
+int64_t rows_of(const OptionalTensor& state) { return state.has_value() ? state->size(0) : 0; }
+
+Tensor forward(Tensor decay, Tensor x, OptionalTensor initial_state, OptionalTensor document, OptionalTensor flags,
+               OptionalTensor carry, int64_t segment) {
+  RecurrenceGrid grid = grid_of(decay, x, initial_state, document, flags, rows_of(initial_state));
+  cut(grid, segment, carry, x);
   Tensor h = torch::stable::empty_like(x);
-  check_launch(linear_recurrence_forward(grid, static_cast<const float*>(x.data_ptr()),
-                                         static_cast<float*>(h.data_ptr()), current_stream(x)));
+  check_launch(linear_recurrence_forward(grid, data(x), static_cast<float*>(h.data_ptr()), current_stream(x)));
   return h;
 }
 
+std::tuple<Tensor, Tensor> forward_ends(Tensor decay, Tensor x, OptionalTensor initial_state, OptionalTensor document,
+                                        OptionalTensor flags, int64_t segment) {
+  RecurrenceGrid grid = grid_of(decay, x, initial_state, document, flags, rows_of(initial_state));
+  cut(grid, segment, std::nullopt, x);
+  const auto found = maps(grid, x);
+  check_launch(linear_recurrence_forward(grid, data(x), nullptr, current_stream(x)));
+  return found;
+}
+
+void check_gradients(const RecurrenceGrid& grid, const Tensor& grad_h, const Tensor& grad_final_state, const Tensor& x) {
+  check(grad_h, "grad_h", ScalarType::Float, x.numel(), x);
+  const int64_t row = x.numel() / (grid.batch * grid.length);
+  check(grad_final_state, "grad_final_state", ScalarType::Float, grad_final_state.size(0) * row, x);
+}
+
 std::tuple<Tensor, Tensor> backward(Tensor grad_h, Tensor grad_final_state, Tensor decay, Tensor states,
-                                    OptionalTensor initial_state, OptionalTensor document, OptionalTensor flags) {
-  const int64_t documents = grad_final_state.size(0);
-  const RecurrenceGrid grid = grid_of(decay, states, initial_state, document, flags, documents);
-  check(grad_h, "grad_h", ScalarType::Float, states.numel(), states);
-  check(grad_final_state, "grad_final_state", ScalarType::Float, documents * (states.numel() / (grid.batch * grid.length)),
-        states);
+                                    OptionalTensor initial_state, OptionalTensor document, OptionalTensor flags,
+                                    OptionalTensor carry, int64_t segment) {
+  RecurrenceGrid grid = grid_of(decay, states, initial_state, document, flags, grad_final_state.size(0));
+  cut(grid, segment, carry, states);
+  check_gradients(grid, grad_h, grad_final_state, states);
   Tensor grad_x = torch::stable::empty_like(states);
-  std::vector<int64_t> shape{grid.batch};
-  if (grid.varying) shape.push_back(grid.length);
-  shape.push_back(grid.channels);
-  if (grid.complex) shape.push_back(2);
-  Tensor grad_decay = torch::stable::new_empty(states, shape);
-  check_launch(linear_recurrence_backward(
-      grid, static_cast<const float*>(states.data_ptr()), static_cast<const float*>(grad_h.data_ptr()),
-      static_cast<const float*>(grad_final_state.data_ptr()), static_cast<float*>(grad_x.data_ptr()),
-      static_cast<float*>(grad_decay.data_ptr()), current_stream(states)));
+  Tensor grad_decay =
+      grid.varying ? torch::stable::empty_like(states) : torch::stable::new_empty(states, segments_shape(grid));
+  check_launch(linear_recurrence_backward(grid, data(states), data(grad_h), data(grad_final_state),
+                                          static_cast<float*>(grad_x.data_ptr()),
+                                          static_cast<float*>(grad_decay.data_ptr()), current_stream(states)));
   return {grad_decay, grad_x};
+}
+
+std::tuple<Tensor, Tensor> backward_ends(Tensor grad_h, Tensor grad_final_state, Tensor decay, OptionalTensor document,
+                                         OptionalTensor flags, int64_t segment) {
+  RecurrenceGrid grid = grid_of(decay, grad_h, std::nullopt, document, flags, grad_final_state.size(0));
+  cut(grid, segment, std::nullopt, grad_h);
+  check_gradients(grid, grad_h, grad_final_state, grad_h);
+  const auto found = maps(grid, grad_h);
+  check_launch(linear_recurrence_backward(grid, nullptr, data(grad_h), data(grad_final_state), nullptr, nullptr,
+                                          current_stream(grad_h)));
+  return found;
 }
 
 }  // namespace
 }  // namespace seqmodels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqmodels_cuda, m) {
-  m.def("linear_recurrence(Tensor decay, Tensor x, Tensor? initial_state, Tensor? document, Tensor? flags) -> Tensor");
+  m.def("linear_recurrence(Tensor decay, Tensor x, Tensor? initial_state, Tensor? document, Tensor? flags, "
+        "Tensor? carry, int segment) -> Tensor");
+  m.def("linear_recurrence_ends(Tensor decay, Tensor x, Tensor? initial_state, Tensor? document, Tensor? flags, "
+        "int segment) -> (Tensor, Tensor)");
   m.def("linear_recurrence_backward(Tensor grad_h, Tensor grad_final_state, Tensor decay, Tensor states, "
-        "Tensor? initial_state, Tensor? document, Tensor? flags) -> (Tensor, Tensor)");
+        "Tensor? initial_state, Tensor? document, Tensor? flags, Tensor? carry, int segment) -> (Tensor, Tensor)");
+  m.def("linear_recurrence_backward_ends(Tensor grad_h, Tensor grad_final_state, Tensor decay, Tensor? document, "
+        "Tensor? flags, int segment) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqmodels_cuda, CUDA, m) {
   m.impl("linear_recurrence", TORCH_BOX(&seqmodels::forward));
+  m.impl("linear_recurrence_ends", TORCH_BOX(&seqmodels::forward_ends));
   m.impl("linear_recurrence_backward", TORCH_BOX(&seqmodels::backward));
+  m.impl("linear_recurrence_backward_ends", TORCH_BOX(&seqmodels::backward_ends));
 }

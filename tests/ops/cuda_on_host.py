@@ -22,7 +22,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 static thread_local dim3 threadIdx;
-static dim3 blockIdx;
+static dim3 blockIdx, gridDim;
 static pthread_barrier_t block_barrier;
 #define __syncthreads() pthread_barrier_wait(&block_barrier)
 typedef void* cudaStream_t;
@@ -32,8 +32,10 @@ static const char* cudaGetErrorString(int) { return ""; }
 template <class Kernel, class... Arguments>
 void launch_on_host(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
   pthread_barrier_init(&block_barrier, nullptr, block.x * block.y);
-  for (unsigned by = 0; by < grid.y; ++by) for (unsigned bx = 0; bx < grid.x; ++bx) {
-    blockIdx = dim3(bx, by);
+  gridDim = grid;
+  for (unsigned bz = 0; bz < grid.z; ++bz) for (unsigned by = 0; by < grid.y; ++by)
+  for (unsigned bx = 0; bx < grid.x; ++bx) {
+    blockIdx = dim3(bx, by, bz);
     std::vector<std::thread> threads;
     for (unsigned y = 0; y < block.y; ++y) for (unsigned x = 0; x < block.x; ++x) {
       threads.emplace_back([=] { threadIdx = dim3(x, y); kernel(arguments...); });

@@ -1,4 +1,7 @@
-"""Linear recurrence by the CUDA kernels of ``csrc/cuda/linear_recurrence.cu``."""
+"""Linear recurrence by the CUDA kernels of ``csrc/cuda/linear_recurrence.cu``.
+
+Where rows and channels do not fill the device, time is cut into segments as the Triton kernels cut it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from torch import Tensor
 
 from seqmodels.ops import extension
 from seqmodels.ops.linear_recurrence.boundaries import final_state_of, grad_initial_state, token_flags
+from seqmodels.ops.linear_recurrence.segments import plan
+
+_CHANNELS = 32  # of a block
 
 
 def supports(decay: Tensor, x: Tensor, *rest: object) -> str | None:
@@ -17,6 +23,20 @@ def supports(decay: Tensor, x: Tensor, *rest: object) -> str | None:
     return extension.missing_cuda()
 
 
+def _states(decay: Tensor, x: Tensor, state: Tensor | None, tables: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """h from contiguous inputs."""
+    segment, count = plan(x, _blocks(x))
+    carry = None
+    if count > 1:
+        products, ends = torch.ops.seqmodels_cuda.linear_recurrence_ends(decay, x, state, *tables, segment)
+        carry = _states(products, ends, None, (None, None))
+    return torch.ops.seqmodels_cuda.linear_recurrence(decay, x, state, *tables, carry, segment)
+
+
+def _blocks(x: Tensor) -> int:
+    return x.shape[0] * -(-x.shape[2] // _CHANNELS)
+
+
 def forward(
     decay: Tensor,
     x: Tensor,
@@ -25,8 +45,7 @@ def forward(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     state = None if initial_state is None else initial_state.contiguous()
-    tables = token_flags(x, starts, lengths)
-    h = torch.ops.seqmodels_cuda.linear_recurrence(decay.contiguous(), x.contiguous(), state, *tables)
+    h = _states(decay.contiguous(), x.contiguous(), state, token_flags(x, starts, lengths))
     return h, final_state_of(h, state, starts, lengths)
 
 
@@ -42,13 +61,20 @@ def backward(
     final_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = None if initial_state is None else initial_state.contiguous()
-    grad_final = grad_final.contiguous()
+    decay, grad_h, grad_final = decay.contiguous(), grad_h.contiguous(), grad_final.contiguous()
     tables = token_flags(x, starts, lengths)
+    segment, count = plan(x, _blocks(x))
+    carry = None
+    if count > 1:
+        products, ends = torch.ops.seqmodels_cuda.linear_recurrence_backward_ends(
+            grad_h, grad_final, decay, *tables, segment
+        )
+        carry = _states(products.flip(1), ends.flip(1), None, (None, None)).flip(1).contiguous()
     grad_decay, g = torch.ops.seqmodels_cuda.linear_recurrence_backward(
-        grad_h.contiguous(), grad_final, decay.contiguous(), states, state, *tables
+        grad_h, grad_final, decay, states, state, *tables, carry, segment
     )
-    if decay.dim() != x.dim():  # one row a row of the grid
-        grad_decay = grad_decay.sum(0)
+    if decay.dim() != x.dim():  # one row a segment
+        grad_decay = grad_decay.sum((0, 1))
     if state is None:
         return grad_decay, g, grad_h.new_empty(0)
     return grad_decay, g, grad_initial_state(decay, g, grad_final, starts, lengths)

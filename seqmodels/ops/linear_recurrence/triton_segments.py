@@ -12,23 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from seqmodels.ops.kernels import KernelSpec
+from seqmodels.ops.linear_recurrence.segments import plan as plan  # what triton.py cuts by
 from seqmodels.ops.linear_recurrence.triton_tiles import apply, backward_maps, forward_maps, pick, store_rows
 from seqmodels.ops.tiles import Tile, device_properties
-
-_SHORTEST = 256  # tokens of a segment: below, its programs do little but start
-_PROGRAMS = 4  # of a multiprocessor, that hide each other's waiting
-
-
-def plan(x: Tensor, programs: int) -> tuple[int, int]:
-    """(tokens of a segment, segments) for rows and channels that make ``programs`` programs.
-
-    As many as fill the device, in a power of two of tokens: lengths that are alike share one plan.
-    """
-    wanted = _PROGRAMS * device_properties(x.device.index).multiprocessors // programs
-    if wanted < 2 or x.shape[1] < 2 * _SHORTEST:
-        return x.shape[1], 1
-    segment = max(_SHORTEST, triton.next_power_of_2(triton.cdiv(x.shape[1], wanted)))
-    return segment, triton.cdiv(x.shape[1], segment)
 
 
 @triton.jit
