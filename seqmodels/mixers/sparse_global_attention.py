@@ -136,10 +136,10 @@ class SparseGlobalAttention(Attention):
         return self.out_proj(y.flatten(-2))
 
     def scores(self, x: Tensor) -> Tensor:
-        """s of each token, (...,) float32 (float64). A product and a sum, so that a token alone gets the bits that it
-        gets in a sequence, and decode chooses what training chose."""
+        """s of each token, (...,) float32 (float64). A product and a sum over neighbours in memory, so that a token
+        alone gets the bits that it gets in a sequence, and decode chooses what training chose."""
         dtype = state_dtype(x.dtype)
-        return (x.to(dtype) * self.score_weight.to(dtype)).sum(-1) + self.score_bias.to(dtype)
+        return (x.to(dtype).contiguous() * self.score_weight.to(dtype)).sum(-1) + self.score_bias.to(dtype)
 
     def init_state(
         self,

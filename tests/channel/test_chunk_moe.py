@@ -51,7 +51,7 @@ def by_definition(
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 40])
 def test_grouped_execution_is_the_dense_definition_with_gradients(chunk_size):
     """More chunks than experts and an odd tail: a transposed weight matrix or a wrong chunk would show."""
-    layer = make(chunk_size=chunk_size)
+    layer = make(chunk_size=chunk_size, temperature=0.6)
     x = torch.randn(2, 23, 8, dtype=torch.float64, requires_grad=True)
     expected = torch.stack([by_definition(layer, row)[0] for row in x])
     y = layer(x).y
@@ -180,6 +180,29 @@ def test_capacity_drops_exactly_the_latest_terms():
         g.isfinite().all() for g in torch.autograd.grad(out.y.sum(), list(layer.parameters()), allow_unused=True)
     )
     torch.testing.assert_close(layer.eval()(x).y, torch.stack([by_definition(layer, row)[0] for row in x]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        # Two chunks of a row: the later one loses both its terms, though expert 1 is its first choice.
+        ((1, 2), [[True, True], [False, False]]),
+        # The first chunks of two rows: first choices come before second ones, whichever the row.
+        ((2, 1), [[True, False], [True, False]]),
+    ],
+)
+def test_room_goes_to_earlier_chunks_then_higher_choices(shape, kept):
+    """Token 0 wants experts 0, 1, token 1 wants 1, 0. Half of 2 chunks times 2 terms over 2 experts is room for 1."""
+    layer = make(num_experts=2, chunk_size=1, capacity_factor=0.5).train()
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(2, 8))
+        layer.selection_bias.zero_()
+    x = torch.randn(2, 8, dtype=torch.float64)
+    x[:, :2] = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    y = layer(x.view(*shape, 8)).y.view(2, 8)
+    for token, found, terms in zip(x, y, kept, strict=True):
+        expected = by_definition(layer, token[None], kept=lambda chunk, rank, terms=terms: terms[rank])[0][0]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_ample_capacity_is_dropless():

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from training_cases import tiny_config
 
+from seqmodels.channel import ChunkMoE
 from seqmodels.training.loop import train
 
 PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv chunk_moe linear_attention swiglu"}
@@ -37,6 +38,11 @@ def main(folder: Path) -> None:
         dist.barrier()
         config = tiny_config(folder / f"rank{dist.get_rank()}", parallel="fsdp", **CHANGES)
         train(config, folder / "resumed", resume=True)
+        # Loads of [4, 0, 0, 0] and [0, 6, 1, 1].
+        experts = ChunkMoE(8, num_experts=4, d_hidden=4, balance="bias", balance_weight=0.5)
+        experts.assigned.copy_(torch.tensor([[4, 0, 0, 0], [0, 6, 1, 1]][dist.get_rank()]))
+        experts.after_optimizer_step()
+        torch.save(experts.selection_bias, folder / f"bias_{dist.get_rank()}")
         # An error of the main process reaches the other one.
         try:
             train(config, folder / "resumed")

@@ -78,6 +78,11 @@ def test_metrics_agree_with_one_process(runs):
         assert [loss for loss in losses(runs / parallel) if loss is not None] == pytest.approx(single, rel=1e-5)
 
 
+def test_loads_of_experts_are_summed_over_processes(runs):
+    for rank in range(2):  # together [4, 6, 1, 1], 3 in the mean; each process alone would raise another expert
+        assert torch.load(runs / f"bias_{rank}").tolist() == [-0.5, -0.5, 0.5, 0.5]
+
+
 def test_a_sharded_run_resumes_exactly(runs):
     for name in ("model", "optimizer"):
         straight, resumed = tensors(runs / "fsdp", 8, name), tensors(runs / "resumed", 8, name)
