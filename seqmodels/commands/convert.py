@@ -75,7 +75,7 @@ def hedgehog(
     values = apply_overrides({**values, "model": model}, [*short, *(overrides or [])])
     unfinished = out.with_name(f"{out.name}.partial") / "settings.yaml"
     if resume and values == {"model": model} and unfinished.exists():
-        values = load_yaml(unfinished)
+        values = {**load_yaml(unfinished), "model": model}  # another MODEL is a difference, and refused as one
     if "source" not in values.get("data", {}):
         gone = f" ({unfinished.parent} holds no conversion to go on with)" if resume else ""
         raise ConversionError(f"no text to learn from{gone}; give --data FILE, FOLDER, stdlib or hf:NAME")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from seqmodels.configuration import ConfigError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -58,13 +60,29 @@ class Processes:
             raise error
 
 
+def device_named(name: str) -> torch.device:
+    """The device of a configuration; ``auto`` is CUDA when there.
+
+    Raises:
+        ConfigError: no device of PyTorch, or CUDA where there is none.
+    """
+    try:
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device of PyTorch; expected auto, cpu, cuda or cuda:N") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={name!r}, but PyTorch {torch.__version__} finds no CUDA here; set device=cpu or auto"
+        )
+    return target
+
+
 @contextlib.contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """Joins torchrun's process group when there is one (gloo on the CPU, NCCL on CUDA) and leaves it at the end."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    target = torch.device(kind)
+    target = device_named(device)
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if target.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from seqmodels.convert.hedgehog import AttentionSettings, ConversionSettings, lo
 from seqmodels.convert.hedgehog.cores import ablated
 from seqmodels.convert.hedgehog.data import IGNORED, Batch, ConversionData
 from seqmodels.convert.hedgehog.distillation import Distillation
-from seqmodels.convert.hedgehog.measures import fidelity, spearman
+from seqmodels.convert.hedgehog.measures import Score, fidelity, spearman
 from seqmodels.convert.hedgehog.models import load_original
 from seqmodels.convert.hedgehog.progress import Progress
 from seqmodels.convert.hedgehog.report import recovered
-from seqmodels.convert.hedgehog.run import convert_model
+from seqmodels.convert.hedgehog.run import Conversion, convert_model
 from seqmodels.convert.hedgehog.settings import DistillationSettings, FinetuningSettings
 from seqmodels.training.config import DataConfig
 from tests.convert.hedgehog_models import perturb, tiny, tokens
@@ -266,6 +267,17 @@ def test_a_diverging_stage_says_what_to_lower(tmp_path: Path, text: Path, monkey
         convert_model(settings(tmp_path, text), tmp_path / "out")
 
 
+def test_a_stage_that_diverged_unseen_is_named(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings(tmp_path, text)
+    monkeypatch.setattr(Conversion, "_distil", lambda self: self.model.maps().popitem()[1].detach().fill_(float("nan")))
+    with pytest.raises(ConversionError, match=r"stage 1 diverged unnoticed(.|\n)*lower distillation\.learning_rate"):
+        convert_model(given, tmp_path / "out")
+
+
+def test_a_perplexity_beyond_float64_is_infinite() -> None:
+    assert Score(800.0, 1).perplexity == math.inf
+
+
 def test_settings_that_cannot_work(tmp_path: Path, text: Path) -> None:
     given = settings(tmp_path, text)
 
@@ -285,6 +297,10 @@ def test_settings_that_cannot_work(tmp_path: Path, text: Path) -> None:
     refuse("hub name, since there is no such folder, '/nowhere'", ConversionError, model="/nowhere")
     refuse("hedgehog_split", ConversionError,
            attention=AttentionSettings(kind="hedgehog_window", feature_map="hedgehog_exp"))  # fmt: skip
+    refuse(r"feature_dim=64 is more than the head", ConversionError, attention=AttentionSettings(feature_dim=64))
+    refuse("device='gpu' is no device", device="gpu")
+    if not torch.cuda.is_available():
+        refuse("device='cuda', but PyTorch .* finds no CUDA", device="cuda")
     refuse("unknown feature map 'softmaxx'", ValueError, attention=AttentionSettings(feature_map="softmaxx"))
 
 
@@ -321,6 +337,8 @@ def test_the_command_goes_on(tmp_path: Path, text: Path) -> None:
     assert "out.partial holds no conversion to go on with" in str(result.exception)
     with pytest.raises(Killed):
         convert_model(given, out, progress=Kill(None))
+    result = CliRunner().invoke(app, ["hedgehog", "another-model", str(out), "--resume"])
+    assert "'another-model'" in str(result.exception), "it would go on with a model that was not named"
     result = CliRunner().invoke(app, ["hedgehog", given.model, str(out), "--resume"])
     assert result.exit_code == 0, result.output
     assert "going on from" in result.output

@@ -35,6 +35,11 @@ def make_core(
     Raises:
         ConversionError: a feature map that the kind cannot use.
     """
+    if settings.feature_dim is not None and settings.feature_dim > width:
+        raise ConversionError(
+            f"attention.feature_dim={settings.feature_dim} is more than the head's width {width}; maps start from the "
+            f"identity, so give {width} or less"
+        )
     options: dict[str, Any] = {
         "num_kv_heads": key_heads, "feature_map": settings.map_name, "feature_dim": settings.feature_dim
     }  # fmt: skip

@@ -16,6 +16,7 @@ from seqmodels.convert.hedgehog.runtime import AttentionCall
 from seqmodels.convert.hedgehog.softmax import softmax_weights, visible
 
 _SMALL = 1e-12
+_LARGEST_EXPONENT = 709.0  # math.exp raises above
 _RANKED_QUERIES = 16  # of each row, evenly spread: every one is sorted
 _RANKED_KEYS = 8  # fewest keys that a rank correlation is taken of
 
@@ -28,7 +29,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < _LARGEST_EXPONENT else math.inf
 
 
 def task_loss(model: nn.Module, batch: Batch, *, reduction: str = "mean") -> Tensor:

@@ -39,7 +39,7 @@ from seqmodels.training.checkpoint import (
     save_checkpoint,
 )
 from seqmodels.training.config import OptimizerConfig
-from seqmodels.training.distributed import Processes
+from seqmodels.training.distributed import Processes, device_named
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
@@ -97,10 +97,7 @@ class Conversion:
         if settings.second_stage and settings.finetuning.method == "lora":
             check_peft()
         pictures.check_matplotlib()
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.here = Processes(0, 1, torch.device(device))
+        self.here = Processes(0, 1, device_named(settings.device))
         original = load_original(settings.model)
         check_convertible(original.config, type(original).__name__, settings.data.sequence_length)
         check_swap(original, settings.attention)
@@ -217,11 +214,7 @@ class Conversion:
                     row = forward(index)
                 norm = float(torch.nn.utils.clip_grad_norm_(trainable, settings.gradient_clip))
                 if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-                    raise ConversionError(
-                        f"stage {stage} diverged at step {index}: loss {row['loss']}, gradient norm {norm}; lower "
-                        f"{'distillation' if stage == 1 else 'finetuning'}.learning_rate (now {learning_rate:g}) and "
-                        "start again"
-                    )
+                    raise self._diverged(stage, f"at step {index}: loss {row['loss']}, gradient norm {norm}")
                 set_learning_rate(optimizer, learning_rate_factor(settings.schedule, index, steps))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -264,6 +257,21 @@ class Conversion:
         found = measures.score(model, self.held_out, self.here.device)
         self.measured["scores"][name] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
         self.progress.message(f"  held-out loss {found.loss:.4f} nats, perplexity {found.perplexity:.2f}")
+        if not math.isfinite(found.loss):
+            if name in ("teacher", "swapped"):
+                raise ConversionError(
+                    f"the {name} model's held-out loss is {found.loss}; is the original model intact?"
+                )
+            stage = 1 if name == "distilled" or not self.settings.second_stage else 2
+            raise self._diverged(stage, f"unnoticed: the held-out loss behind it ({name}) is {found.loss}")
+
+    def _diverged(self, stage: int, what: str) -> ConversionError:
+        key = "distillation" if stage == 1 else "finetuning"
+        rate = getattr(self.settings, key).learning_rate
+        return ConversionError(
+            f"stage {stage} diverged {what}; lower {key}.learning_rate (now {rate:g}) and start again, in another OUT "
+            f"or without {self.work}"
+        )
 
     def _measure_fidelity(self, name: str) -> None:
         batches, rows = [], _FIDELITY_ROWS
