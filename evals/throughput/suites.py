@@ -209,6 +209,7 @@ def _gpu() -> Iterator[Case]:
         yield Case("op", "vandermonde", mode, "float32", 1, 16384, {"H": 512, "N": 64}, priority)
         for length in (1024, 8192):
             yield _layer("s4d", mode, "float32", 8, length, 512, priority)
+        yield _layer("s4d", mode, "float32", 1, 16384, 512, priority)
     for name in ("mamba3", "mamba2"):
         for batch in (128, 1):
             yield _layer(name, "decode", bfloat16, batch, 1024, 2048, 1)

@@ -268,6 +268,34 @@ def _exponents(draw: Draw, heads: int, states: int) -> Tensor:
     return torch.stack((decay, draw.wide(heads, states, scale=30)), -1)
 
 
+def _diagonal_ssm(draw: Draw) -> list[Arguments]:
+    """One and two groups of modes and more, rows of c, documents, either direction."""
+    starts, lengths = draw.documents()
+    grid, slots = (draw.batch, draw.length), len(starts)
+    found: list[Arguments] = []
+    for heads, modes, rows, packed, state, reverse in (
+        (9, 32, 1, False, False, False), (5, 35, 2, True, True, False), (4, 3, 1, True, False, True)
+    ):  # fmt: skip
+        pairs = (heads, modes, 2)
+        skip = draw.wide(rows, heads) if not reverse else torch.zeros(rows, heads, device=draw.device)
+        found.append(
+            (
+                draw.wide(*grid, heads), _exponents(draw, heads, modes).double(), draw.wide(*pairs),
+                draw.wide(rows, *pairs), skip, draw.wide(slots if packed else draw.batch, *pairs) if state else None,
+                *((starts, lengths) if packed else (None, None)), reverse,
+            )
+        )  # fmt: skip
+    if draw.length > 128:  # long enough for segments
+        pairs = (3, 20, 2)
+        found.append(
+            (
+                draw.wide(1, 4 * draw.length + 1, 3), _exponents(draw, 3, 20).double(), draw.wide(*pairs),
+                draw.wide(1, *pairs), draw.wide(1, 3), draw.wide(1, *pairs), None, None, False,
+            )
+        )  # fmt: skip
+    return found
+
+
 def _vandermonde(draw: Draw) -> list[Arguments]:
     sizes = ((2, 3, 20), (1, 2, 64))
     return [
@@ -282,6 +310,7 @@ def _vandermonde_adjoint(draw: Draw) -> list[Arguments]:
 
 
 EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
+    "diagonal_ssm": _diagonal_ssm,
     "feature_attention": _feature_attention,
     "feature_attention_step": _feature_attention_step,
     "feature_state": _feature_state,

@@ -18,7 +18,10 @@ from seqmodels.ops.kernels import choosing_tiles
 from seqmodels.ops.registration import OPERATORS
 from seqmodels.testing.guarded import run_guarded
 
-for _name in ("feature_attention", "linear_attention", "linear_recurrence", "mamba3", "short_conv", "vandermonde"):
+_OPS = (
+    "diagonal_ssm", "feature_attention", "linear_attention", "linear_recurrence", "mamba3", "short_conv", "vandermonde",
+)  # fmt: skip
+for _name in _OPS:
     importlib.import_module(f"seqmodels.ops.{_name}")  # registers its operators
 
 pytestmark = pytest.mark.gpu

@@ -12,6 +12,7 @@ from seqmodels.ops.registration import Operator
 _PACKAGE = "seqmodels.ops.diagonal_ssm"
 _DTYPES = (torch.float64, torch.float32)
 _MOST_MODES = 64  # of all rows together: from about 100 on transforms take less time on a CPU
+_MOST_MODES_GPU = 128  # of all rows together, by the count of bytes
 
 
 def diagonal_ssm(
@@ -33,7 +34,8 @@ def diagonal_ssm(
         y[t, r] = sum_n Re(c[r, n] x[t, n]) + skip[r] u[t]
 
     the same map as a convolution with K[r, l] = sum_n Re(c[r, n] b[n] e^{l z[n]}), without its kernel or a transform:
-    inside a chunk of tokens a recurrence (C++) or products with small matrices (PyTorch), between chunks the state.
+    inside a chunk of tokens a recurrence (C++) or products with small matrices (Triton, PyTorch), between chunks the
+    state.
     With ``reverse`` time runs from each document's end and a token does not see itself,
 
     .. code-block:: text
@@ -136,19 +138,31 @@ def pays_off(u: Tensor, modes: int, rows: int, layout: Layout | None = None) -> 
     CPU, with the C++ kernels: up to 64 modes * rows. Time a token grows with them here and with the logarithm of the
     length there; measured, the scan is ahead up to about 100 modes at length 1024, more at longer ones.
 
-    Elsewhere, by bytes: products over chunks move about 76 for each element, transforms about 70, but transforms
-    are padded to the whole grid's length for every group of ``batch`` documents. So: with packed documents, two a row
-    or more in the mean.
+    GPU, with the Triton kernels, by bytes of device memory for each token and head. For M modes of R rows the scan
+    moves up to 12 R ceil(M / 32) forward and as many for the gradient to u, 8 R + (8 R + 4) ceil(M / 16) for those of
+    the constants, and a quarter more where time is cut; transforms about 70 forward and 140 backward. So up to
+    R M = 128, where M = 64 and R = 2 come to 184 (230 cut) against 210. Operations do not decide: 3 (32 + 8 M) a row on the matrix
+    units take less time than the bytes. Counted, not timed: no GPU was at hand.
+
+    Other devices and kernels, by bytes: products over chunks move about 76 for each element, transforms about 70, but
+    transforms are padded to the whole grid's length for every group of ``batch`` documents. So: with packed documents,
+    two a row or more in the mean.
 
     In float64, and in plain PyTorch on a CPU, transforms are taken: products cost what they do there.
     """
     if u.dtype != torch.float32:
         return False
+    if u.device.type == "cuda" and modes * rows <= _MOST_MODES_GPU and _allowed("triton"):
+        return True
     if u.device.type != "cpu":
         return layout is not None and layout.num_documents >= 2 * layout.batch_size
     if modes * rows > _MOST_MODES:
         return False
-    return backends.requested_backend() in ("auto", "cpu") and backends.missing("cpu") is None
+    return _allowed("cpu")
+
+
+def _allowed(backend: str) -> bool:
+    return backends.requested_backend() in ("auto", backend) and backends.missing(backend) is None
 
 
 def _check_system(owner: str, heads: int, z: Tensor, b: Tensor, c: Tensor, skip: Tensor | None) -> None:
@@ -197,7 +211,7 @@ _operator = Operator(
     "bool reverse",
     outputs=2,
     fake=_fake,
-    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch", "cpu")},
+    modules={name: f"{_PACKAGE}.{name}" for name in ("reference", "torch", "cpu", "triton")},
     differentiable=(0, 1, 2, 3, 4, 5),
 )
 _step_operator = Operator(
