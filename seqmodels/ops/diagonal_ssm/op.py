@@ -141,8 +141,8 @@ def pays_off(u: Tensor, modes: int, rows: int, layout: Layout | None = None) -> 
     GPU, with the Triton kernels, by bytes of device memory for each token and head. For M modes of R rows the scan
     moves up to 12 R ceil(M / 32) forward and as many for the gradient to u, 8 R + (8 R + 4) ceil(M / 16) for those of
     the constants, and a quarter more where time is cut; transforms about 70 forward and 140 backward. So up to
-    R M = 128, where M = 64 and R = 2 come to 184 (230 cut) against 210. Operations do not decide: 3 (32 + 8 M) a row on the matrix
-    units take less time than the bytes. Counted, not timed: no GPU was at hand.
+    R M = 128, where M = 64 and R = 2 come to 184 (230 cut) against 210. Operations do not decide: 3 (32 + 8 M)
+    a row on the matrix units take less time than the bytes. Counted, not timed: no GPU was at hand.
 
     Other devices and kernels, by bytes: products over chunks move about 76 for each element, transforms about 70, but
     transforms are padded to the whole grid's length for every group of ``batch`` documents. So: with packed documents,

@@ -2,8 +2,8 @@
 
 Bytes of device memory a token and head, in float32, for up to 32 modes and one row of c: 8 forward (u, y), 8 for the
 gradient to u; the gradients to the constants 8, and 12 for each 16 modes. Every further 32 modes, and every row, cost
-as much again, and 4 more for the y that they add to. Where documents are few they are cut into segments, and a first pass
-over the inputs (4 bytes) makes the state in front of each.
+as much again, and 4 more for the y that they add to. Where documents are few they are cut into segments, and a first
+pass over the inputs (4 bytes) makes the state in front of each.
 
 The gradient to u is the same map from the other end, with b and c exchanged. The gradients to the constants need no
 state of the forward: they come from x and dx/dz, carried forward in time beside the gradient to y (see
