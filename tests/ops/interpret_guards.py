@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import seqmodels.ops.diagonal_ssm
 import seqmodels.ops.feature_attention
 import seqmodels.ops.linear_attention
 import seqmodels.ops.linear_recurrence

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import seqmodels.ops.diagonal_ssm
 import seqmodels.ops.feature_attention
 import seqmodels.ops.linear_attention
 import seqmodels.ops.linear_recurrence
