@@ -1,0 +1,121 @@
+"""The page of a results folder: tables and figures made from its rows alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evals.hydra import figures
+from evals.hydra.summary import SUITE, Run, arms, collect, judge
+from evals.results import markdown_table, read
+
+
+def write_report(target: Path, folders: Sequence[Path]) -> Path:
+    """Writes ``target/README.md`` and its figures from the rows of all ``folders``.
+
+    Raises:
+        FileNotFoundError: no finished run in them.
+    """
+    runs = list(collect(read(*folders)).values())
+    if not runs:
+        where = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"no finished {SUITE} runs in {where}; run --suite cpu --out DIR first")
+    target.mkdir(parents=True, exist_ok=True)
+    machines, commits = ({run.last[name] for run in runs} for name in ("machine", "commit"))
+    suites = sorted({run.last["config"]["suite"] for run in runs})
+    minutes = sum(run.last["value"] for run in runs) / 60
+    versions = ", ".join(f"{name} {version}" for name, version in runs[0].last["versions"].items())
+    lines = [
+        "# Hydra's parts", "",
+        f"Measured by `python -m evals.hydra --suite {suites[0]} --out DIR`, page by `--report DIR`: {len(runs)} runs, "
+        f"{minutes:.1f} minutes of single processes of one thread. {'; '.join(sorted(machines))}. Commit "
+        f"{', '.join(sorted(commits))}. {versions}.", "",
+        "Toy models: what a part does, not what a large one would do. How each is measured stands at the head of its "
+        "file in `evals/hydra/`.", "",
+    ]  # fmt: skip
+    for study, section in (("throughput", _throughput), ("routing", _routing), ("memory", _memory), ("facts", _facts)):
+        found = arms(runs, study)
+        if found:
+            lines += section(found, target)
+    lines += [f"* Control {'holds' if holds else 'FAILS'}: {text}." for text, holds in judge(runs)] + [""]
+    path = target / "README.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _throughput(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
+    table = figures.throughput_table(found)
+    figures.draw_throughput(table, target / "throughput.png")
+    yield from ("## Throughput", "", "![tokens a second over length](throughput.png)", "")
+    for metric, title in (
+        ("forward_tokens_per_second", "Tokens a processor second, forward over a whole sequence"),
+        ("decode_tokens_per_second", "Tokens a processor second, decoding after a context of the length"),
+        ("state_bytes", "Decode state in MiB"),
+    ):
+        by_model = table[metric]
+        lengths = sorted({length for values in by_model.values() for length in values})
+        scale = 2**20 if metric == "state_bytes" else 1
+        digits = 2 if metric == "state_bytes" else 0
+        rows = [
+            [model, *(f"{values[n] / scale:,.{digits}f}" if n in values else "" for n in lengths)]
+            for model, values in by_model.items()
+        ]
+        yield from (f"{title}:", "", *markdown_table(["model", *map(str, lengths)], rows), "")
+        for rival in ("transformer, eager", "transformer, fused"):
+            if metric == "state_bytes" or "hydra (mamba3)" not in by_model:
+                continue
+            ratios = {n: by_model["hydra (mamba3)"][n] / by_model[rival][n] for n in lengths if n in by_model[rival]}
+            ahead = [n for n in ratios if all(ratios[m] > 1 for m in ratios if m >= n)]
+            text = (
+                f"ahead from length {min(ahead)} on" if ahead else f"not ahead at {max(ratios)}, the longest measured"
+            )
+            numbers = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in ratios.items())
+            yield f"* Hydra (Mamba-3) over {rival}: {numbers}; {text}."
+        yield ""
+
+
+def _routing(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
+    figures.draw_routing(found, target / "routing.png")
+    rows = []
+    for arm, runs in found.items():
+        entropy = [row["value"] for row in runs[0].named("assignment_entropy").values()]
+        spread = [row["value"] for row in runs[0].named("usage_std").values()]
+        numbers = (f"{statistics.mean(entropy):.3f}", f"{statistics.mean(spread):.3f}")
+        rows.append([arm, *numbers, f"{runs[0].value('loss'):.3f}"])
+    yield from ("## Routing", "", "![entropy and spread of the experts' use](routing.png)", "")
+    yield f"Means over the layers with experts. The entropy of an even use of 4 experts is {math.log(4):.3f} nats."
+    yield from ("", *markdown_table(["arm", "assignment entropy, nats", "std of usage", "held-out loss"], rows), "")
+
+
+def _memory(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
+    figures.draw_memory(found, target / "memory.png")
+    rows = []
+    for arm, runs in found.items():
+        accuracy = [run.value("accuracy") for run in runs]
+        gate = [run.value("read_gate") for run in runs if ("read_gate", None) in run.rows]
+        seeds = ", ".join(f"{value:.3f}" for value in accuracy)
+        rows.append([arm, f"{statistics.mean(accuracy):.3f}", seeds, f"{statistics.mean(gate):.3f}" if gate else ""])
+    chance = next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"]
+    yield from ("## Memory beyond the window", "", "![accuracy with and without a workspace](memory.png)", "")
+    yield f"A value named at the beginning, asked for where no window reaches; chance is {chance:.4f}."
+    yield from ("", *markdown_table(["arm", "accuracy", "seeds", "read gate"], rows), "")
+
+
+def _facts(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
+    figures.draw_facts(found, target / "facts.png")
+    rows = []
+    for arm, runs in found.items():
+        ablated = [run.value("accuracy_ablated") for run in runs if ("accuracy_ablated", None) in run.rows]
+        rows.append(
+            [
+                arm,
+                ", ".join(f"{run.value('accuracy'):.3f}" for run in runs),
+                ", ".join(f"{value:.3f}" for value in ablated),
+            ]
+        )
+    config = next(iter(found.values()))[0].rows["accuracy", None]["config"]
+    yield from ("## Closed-book facts", "", "![accuracy, and the gate over training](facts.png)", "")
+    yield f"{config['facts']} random facts, all trained on; chance is {config['chance']:.4f}. One number a seed."
+    yield from ("", *markdown_table(["trained with", "accuracy", "memory switched off after training"], rows), "")

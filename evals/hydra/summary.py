@@ -1,0 +1,79 @@
+"""From rows to runs, and whether the controls hold."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from evals.results import latest
+
+SUITE = "hydra"
+CONTROLLED = "cpu"  # the suite whose controls mean something: smoke trains for three steps
+
+
+class Run(NamedTuple):
+    """One finished cell: its last row, and (metric, part) to row."""
+
+    study: str
+    arm: str
+    seed: int
+    rows: dict[tuple[str, str | None], Mapping[str, Any]]
+    last: Mapping[str, Any]
+
+    def value(self, metric: str, part: str | None = None) -> float:
+        return self.rows[metric, part]["value"]
+
+    def named(self, metric: str) -> dict[str, Mapping[str, Any]]:
+        """Rows of a metric by part."""
+        return {part or "": row for (name, part), row in self.rows.items() if name == metric}
+
+
+def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Run]:
+    """Finished runs by their cell's digest; a run is finished when its last row (``run_time``) is there."""
+    own = [row for row in rows if row["suite"] == SUITE and row["value"] is not None]
+    by_digest: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in latest(own):
+        by_digest[row["config"]["digest"]].append(row)
+    runs = {}
+    for digest, found in by_digest.items():
+        one = {(row["metric"], row["config"].get("part")): row for row in found}
+        last = one.pop(("run_time", None), None)
+        if last is not None:
+            about = last["config"]
+            runs[digest] = Run(about["study"], about["arm"], last["seed"], one, last)
+    return runs
+
+
+def arms(runs: Collection[Run], study: str) -> dict[str, list[Run]]:
+    """The runs of a study by arm, seeds in order."""
+    found: dict[str, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        if run.study == study:
+            found[run.arm].append(run)
+    return dict(found)
+
+
+def judge(runs: Collection[Run]) -> list[tuple[str, bool]]:
+    """What each control says, and whether it holds.
+
+    Nothing but the workspace reaches the value when the other path is a convolution: without it, accuracy over
+    all seeds must be within four standard errors of chance. A product-key memory that is switched off must
+    cost accuracy in every seed.
+    """
+    verdicts = []
+    runs = [run for run in runs if run.last["config"]["suite"] == CONTROLLED]
+    blind = arms(runs, "memory").get("gated_conv/workspace off", [])
+    if blind:
+        chance = blind[0].rows["accuracy", None]["config"]["chance"]
+        asked = sum(run.last["config"]["cell"]["options"]["rows"] for run in blind)
+        mean = statistics.mean(run.value("accuracy") for run in blind)
+        bound = chance + 4 * math.sqrt(chance * (1 - chance) / asked)
+        verdicts.append((f"convolutions without a workspace: accuracy {mean:.3f}; at most {bound:.3f}", mean <= bound))
+    for run in arms(runs, "facts").get("memory on", []):
+        kept, ablated = run.value("accuracy"), run.value("accuracy_ablated")
+        text = f"facts, seed {run.seed}: accuracy {kept:.3f} falls to {ablated:.3f} without the memory"
+        verdicts.append((text, ablated < kept))
+    return verdicts
