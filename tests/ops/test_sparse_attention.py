@@ -89,7 +89,7 @@ def test_a_window_over_everything_is_full_causal_attention(backend):
     torch.testing.assert_close(y, full, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("splits", [(5, 6, 12), (8, 8, 7), (1, 1, 21), (23,)])
+@pytest.mark.parametrize("splits", [(5, 6, 12), (8, 8, 7), (1, 1, 21), (5, 1, 1, 16), (23,)])
 def test_choices_are_the_same_in_pieces_token_by_token_and_whole(splits):
     """The chosen positions, not only what they give: prefill, pieces and decode agree."""
     window, num_globals, block = 6, 4, 4
@@ -103,6 +103,7 @@ def test_choices_are_the_same_in_pieces_token_by_token_and_whole(splits):
         part = slice(start, start + size)
         pieces, start = advance(pieces, k[:, part], v[:, part], scores[:, part]), start + size
         assert torch.equal(pieces.global_position, chosen[:, start // block])
+        assert torch.equal(pieces.recent_score[:, : start % block], scores[:, start // block * block : start])
     stepped = empty(2, 2, 6, **sizes)
     for t in range(23):
         assert torch.equal(stepped.global_position, chosen[:, t // block])
@@ -214,11 +215,29 @@ def test_scores_stay_out_of_half_precision():
         sparse_attention(*(x.detach().bfloat16() for x in inputs(8)), window=4, num_globals=2, block=4)
 
 
-def test_a_token_alone_is_scored_bit_for_bit_as_in_a_sequence():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bias_keeps_its_digits_beside_bfloat16_keys(backend):
+    """One chosen key of logit 20 and bias -20.3, and the token itself of logit 0. Rounded to bfloat16, -20.3 / scale
+    would be -40.5 and y 0.4378."""
+    q, k, v = torch.zeros(3, 1, 2, 1, 4, dtype=torch.bfloat16)
+    q[:, 1, :, 0], k[:, 0, :, 0], v[:, 0] = 8.0, 5.0, 1.0
+    scores = torch.tensor([[-20.3, 0.0]])
+    with seqmodels.backend(backend):
+        y = sparse_attention(q, k, v, scores, window=1, num_globals=1, block=1)[0, 1]
+    expected = torch.full((1, 4), 1 / (1 + math.exp(0.3)))
+    # The weight and the output are rounded to bfloat16, 2^-9 each.
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_alone_is_scored_bit_for_bit_as_in_a_sequence(dtype):
     torch.manual_seed(0)
-    layer = SparseGlobalAttention(96, num_heads=2, window=8, num_globals=4, block=4)
-    x = torch.randn(3, 37, 96)
+    layer = SparseGlobalAttention(96, num_heads=2, window=8, num_globals=4, block=4, dtype=dtype)
+    x = torch.randn(3, 37, 96, dtype=dtype)
     together = layer.scores(x)
+    # A sum of 96 float32 products of size about 1 / 10.
+    expected = (x.double() * layer.score_weight.double()).sum(-1) + layer.score_bias.double()
+    torch.testing.assert_close(together.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(together, layer.scores(x.mT.contiguous().mT))  # whatever its strides
     for t in range(37):
         assert torch.equal(together[:, t], layer.scores(x[:, t]))
