@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqmodels import Layout
-from seqmodels.ops.documents import chunk_table, token_table
+from seqmodels.ops.documents import aligned_blocks, chunk_table, token_table
 
 LAYOUTS = {
     "packed": Layout.packed([[5, 1, 4], [7], [2, 9]], 12, capacity=9),
@@ -46,3 +46,35 @@ def test_chunk_table(layout, chunk_size):
             assert table.last[slot] == chunk - 1
     assert not table.valid[chunk:].any()
     assert table.first[chunk:].all()
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_aligned_blocks(layout, block):
+    """Blocks start at multiples of ``block`` of the whole document, of which 0, 1, 2, ... tokens came before."""
+    tokens = layout.batch_size * layout.length
+    seen = torch.arange(layout.num_documents)
+    table = aligned_blocks(layout.starts, layout.lengths, seen, layout.batch_size, layout.length, block)
+    assert table.token.shape == (tokens // block + 2 * layout.num_documents, block)
+    row, stands = 0, [-1] * tokens
+    for slot, (start, length) in enumerate(zip(layout.starts.tolist(), layout.lengths.tolist(), strict=True)):
+        begins = range(slot // block * block, slot + length, block) if length else ()
+        for begin in begins:
+            end = min(begin + block, slot + length)
+            positions = list(range(begin, end))
+            flat = [start + position - slot if position >= slot else -1 for position in positions]
+            missing = block - len(positions)
+            assert table.position[row].tolist() == positions + [0] * missing
+            assert table.token[row].tolist() == flat + [-1] * missing
+            assert table.filled[row].tolist() == [True] * len(positions) + [False] * missing
+            assert (table.used[row].item(), table.document[row].item()) == (True, slot)
+            assert table.first[row] == (begin == begins[0])
+            for place, token in enumerate(flat):
+                if token >= 0:
+                    stands[token] = row * block + place
+            row += 1
+        assert table.last[slot] == (row - 1 if length else 0)
+    assert not table.used[row:].any()
+    assert (table.token[row:] == -1).all()
+    assert table.first[row:].all()
+    assert table.slot_of_token.tolist() == stands
