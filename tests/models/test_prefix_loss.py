@@ -57,6 +57,18 @@ def test_targets_given_for_the_prefix_are_not_scored():
     assert not torch.equal(prefix_loss(network, t, masked, mask_id=MASK, targets=other).loss, expected)
 
 
+def test_padding_is_never_restored():
+    network, t, prefix = model(), rows(), 5
+    layout = Layout.left_padded([9, 12], 12)  # three pads in the first row
+    masked = torch.zeros(2, prefix, dtype=torch.bool)
+    masked[0, 4] = masked[1, 2] = True
+    expected = prefix_loss(network, t, masked, mask_id=MASK, layout=layout)
+    masked[0, :3] = True
+    found = prefix_loss(network, t, masked, mask_id=MASK, layout=layout)
+    assert torch.equal(found.masked, expected.masked)
+    assert torch.equal(found.loss, expected.loss)
+
+
 def test_no_masked_position_is_no_loss_and_no_gradient():
     network, t = model(), rows()
     found = prefix_loss(network, t, torch.zeros(2, 5, dtype=torch.bool), mask_id=MASK)
