@@ -6,13 +6,14 @@ memory is tested as trained and with the memory switched off; another one is tra
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from evals.hydra.training import EVERY, Say, generator, train
 from seqmodels.models import HydraConfig, LanguageModel
+from seqmodels.models.block import Block
 from seqmodels.models.hydra import MEMORY
 
 NAMES, ANSWERS = 64, 32
@@ -51,7 +52,7 @@ def measure(seed: int, options: dict[str, Any], say: Say) -> list[dict[str, Any]
     if memory is not None:
         for index, spec in zip(model.backbone.order, model.backbone.specs, strict=True):
             if spec.paths[0].word == MEMORY:
-                model.backbone.blocks[index].inactive = True
+                cast(Block, model.backbone.blocks[index]).inactive = True
         found.append({"metric": "accuracy_ablated", "value": right(model, tokens, targets), "unit": "", "about": about})
     return found + gates
 

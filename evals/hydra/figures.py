@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.hydra.summary import Run
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.dpi": 110, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "legend.fontsize": 8,
 }  # fmt: skip
@@ -62,7 +62,9 @@ def draw_memory(found: dict[str, list[Run]], path: Path) -> None:
             values = [run.value("accuracy") for run in runs]
             panels[0].bar(index, statistics.mean(values), color=f"C{index}", alpha=0.6)
             panels[0].plot([index] * len(values), values, "k.")
-        panels[0].axhline(1 / 16, color="black", ls="--", lw=0.8)
+        panels[0].axhline(
+            next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"], color="black", ls="--", lw=0.8
+        )
         panels[0].set_xticks(range(len(found)), [arm.replace("/", "\n") for arm in found])
         panels[0].set(ylabel="accuracy", ylim=(0, 1.05))
 

@@ -1,8 +1,9 @@
-"""Memory beyond the window: a value is named once, far outside what windows can see, and asked for at the end.
+"""Memory beyond the window: a value is named once, and asked for where no window can see it.
 
-``NAME value filler ... ASK`` with the answer right after. Attention has its window alone (G = 0). With a gated
-convolution as the state-space path nothing but the workspace reaches back to the value: the attention layer sees a
-window, each of two convolutions two tokens. With ``hydra_diag`` the recurrence can carry it too.
+``... NAME value ... filler ... ASK ... ASK``: the answer is due at every ASK and never stands in the row. Attention
+has its window alone (G = 0). With a gated convolution as the state-space path nothing but the workspace reaches back
+to the value: the attention layer sees a window, each of two convolutions two tokens. With ``hydra_diag`` the
+recurrence can carry it too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from evals.hydra.training import Say, generator, train
 from seqmodels.models import HydraConfig, LanguageModel
 
-VALUES, FILLER, WINDOW, BLOCKS, KERNEL = 16, 16, 32, 2, 3
+VALUES, FILLER, WINDOW, BLOCKS, KERNEL, ASKED = 8, 8, 32, 2, 3, 6
 NAME, ASK, VOCABULARY = VALUES + FILLER, VALUES + FILLER + 1, VALUES + FILLER + 2
 LENGTH = 96
 REACH = WINDOW - 1 + BLOCKS * (KERNEL - 1)  # of the window and the convolutions together
@@ -45,14 +46,17 @@ def measure(seed: int, options: dict[str, Any], say: Say) -> list[dict[str, Any]
 
 
 def rows(source: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-    """(count, LENGTH) tokens; a target at the end alone. The value stands among the first WINDOW tokens."""
+    """(count, LENGTH) tokens; ASKED questions in the last quarter, one of them at the end. The value stands among the
+    first WINDOW tokens."""
     tokens = VALUES + torch.randint(FILLER, (count, LENGTH), generator=source)
     value = torch.randint(VALUES, (count,), generator=source)
     place = torch.randint(WINDOW - 1, (count,), generator=source)
     each = torch.arange(count)
     tokens[each, place] = NAME
     tokens[each, place + 1] = value
-    tokens[:, -1] = ASK
+    late = torch.rand(count, LENGTH // 4, generator=source)
+    late[:, -1] = 2.0
+    asks = LENGTH - LENGTH // 4 + late.topk(ASKED, dim=1).indices
+    tokens.scatter_(1, asks, ASK)
     targets = torch.full_like(tokens, -100)
-    targets[:, -1] = value
-    return tokens, targets
+    return tokens, targets.scatter_(1, asks, value[:, None].expand_as(asks))

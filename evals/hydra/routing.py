@@ -7,7 +7,7 @@ the next token is p(token) with probability 0.9, else any.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from evals.hydra.training import Say, generator, train
 from seqmodels.channel import ChunkMoE
 from seqmodels.models import HydraConfig, LanguageModel
+from seqmodels.models.block import Block
 
 VOCABULARY, DOMAINS, STRETCH, LENGTH, CHUNK, EXPERTS = 64, 4, 32, 256, 16, 4
 VALIDATION_ROWS = 64
@@ -55,7 +56,7 @@ def usage(model: LanguageModel, tokens: Tensor) -> dict[str, Tensor]:
         assert carried is not None
         state = carried
         for site, (index, block_state) in enumerate(zip(model.backbone.order, state.layers, strict=True)):
-            for layer, part in zip(model.backbone.blocks[index].layers(), block_state.paths, strict=True):
+            for layer, part in zip(cast(Block, model.backbone.blocks[index]).layers(), block_state.paths, strict=True):
                 if isinstance(layer, ChunkMoE):
                     count = torch.bincount(part.expert.flatten(), minlength=EXPERTS)
                     counts[f"block{site}"] = counts.get(f"block{site}", 0) + count

@@ -39,7 +39,9 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Run]:
         by_digest[row["config"]["digest"]].append(row)
     runs = {}
     for digest, found in by_digest.items():
-        one = {(row["metric"], row["config"].get("part")): row for row in found}
+        one: dict[tuple[str, str | None], Mapping[str, Any]] = {
+            (row["metric"], row["config"].get("part")): row for row in found
+        }
         last = one.pop(("run_time", None), None)
         if last is not None:
             about = last["config"]

@@ -25,8 +25,11 @@ def test_values_stand_where_no_window_reaches() -> None:
     assert place.shape[0] == 200  # once in each row
     named = tokens[place[:, 0], place[:, 1] + 1]
     assert torch.equal(named, targets[:, -1])
-    assert (targets[:, :-1] == -100).all()
-    assert memory.LENGTH - 1 - (int(place[:, 1].amax()) + 1) > memory.REACH
+    asked = tokens == memory.ASK
+    assert (asked.sum(1) == memory.ASKED).all()
+    assert torch.equal(asked, targets >= 0)
+    assert (targets[asked] == named[:, None].expand(-1, memory.ASKED).flatten()).all()
+    assert int(asked.nonzero()[:, 1].amin()) - (int(place[:, 1].amax()) + 1) > memory.REACH
     assert not torch.equal(tokens, memory.rows(generator(2), 200)[0])
 
 
