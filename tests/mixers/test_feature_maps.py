@@ -214,3 +214,10 @@ def test_bad_arguments(name, options, message):
 def test_keys_of_fewer_heads_are_refused_by_the_module():
     with pytest.raises(ValueError, match=r"expected \(..., 2, 6\).*grouped keys are repeated"):
         FEATURE_MAPS["hedgehog_exp"](HEADS, WIDTH)(torch.randn(1, 3, 1, WIDTH))
+
+
+def test_kaiming_variance_is_that_of_one_head():
+    torch.manual_seed(0)
+    weight = FEATURE_MAPS["t2r"](4, 64, init="kaiming").weight.detach()  # 16,384 draws: the variance is known to 1 %
+    assert 0.95 < float(weight.var()) / (2 / 64) < 1.05
+    assert float(weight.abs().max()) <= (6 / 64) ** 0.5
