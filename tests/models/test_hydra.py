@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from seqmodels.configuration import convert
+from seqmodels.configuration import convert, parse_yaml
 from seqmodels.layout import Layout
 from seqmodels.mixers import SparseGlobalAttention, Workspace
 from seqmodels.models import HydraConfig, LanguageModel, ModelConfig, account, generate, load_config, parameter_hints
 from seqmodels.models.block import Parallel
+from seqmodels.models.config import write_out
+from seqmodels.training.config import convert_train_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "models"
 SMALL: dict[str, Any] = {
@@ -278,3 +281,10 @@ def test_files_name_the_architecture(tmp_path: Path) -> None:
 
 def _has(block: Any, word: str) -> bool:
     return isinstance(block.layer, Parallel) and word in block.layer.words
+
+
+def test_the_page_of_the_docs() -> None:
+    text = (FOLDER.parents[1] / "docs" / "hydra.md").read_text(encoding="utf-8")
+    model, curriculum = (parse_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    assert convert(write_out(model), ModelConfig) == load_config(FOLDER / "hydra-toy.yaml")
+    convert_train_config({"model": model, "steps": 10_000, **curriculum})
