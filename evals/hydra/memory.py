@@ -16,8 +16,8 @@ from torch import Tensor
 from evals.hydra.training import Say, generator, train
 from seqmodels.models import HydraConfig, LanguageModel
 
-VALUES, FILLER, WINDOW, BLOCKS, KERNEL, ASKED = 8, 8, 32, 2, 3, 6
-NAME, ASK, VOCABULARY = VALUES + FILLER, VALUES + FILLER + 1, VALUES + FILLER + 2
+VALUES, WINDOW, BLOCKS, KERNEL, ASKED = 8, 32, 2, 3, 6
+FILLER, NAME, ASK, VOCABULARY = VALUES, VALUES + 1, VALUES + 2, VALUES + 3
 LENGTH = 96
 REACH = WINDOW - 1 + BLOCKS * (KERNEL - 1)  # of the window and the convolutions together
 
@@ -48,7 +48,7 @@ def measure(seed: int, options: dict[str, Any], say: Say) -> list[dict[str, Any]
 def rows(source: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
     """(count, LENGTH) tokens; ASKED questions in the last quarter, one of them at the end. The value stands among the
     first WINDOW tokens."""
-    tokens = VALUES + torch.randint(FILLER, (count, LENGTH), generator=source)
+    tokens = torch.full((count, LENGTH), FILLER)
     value = torch.randint(VALUES, (count,), generator=source)
     place = torch.randint(WINDOW - 1, (count,), generator=source)
     each = torch.arange(count)

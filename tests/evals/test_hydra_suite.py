@@ -82,7 +82,7 @@ def test_a_blind_model_cannot_win() -> None:
     model = LanguageModel(config.model_config()).double()
     tokens, _ = memory.rows(generator(4), 3)
     changed = tokens.clone()
-    changed[:, : WINDOW + 1] = memory.VALUES
+    changed[:, : WINDOW + 1] = memory.FILLER
     torch.testing.assert_close(model(changed).logits[:, -1], model(tokens).logits[:, -1], rtol=0, atol=1e-12)
 
 
