@@ -322,6 +322,10 @@ def shapes(**changes):
         (shapes(feature_map="hedgehog_exp", normalize=False), "needs normalize=True"),
         (shapes(log_decay=(2, 6)), r"log_decay has shape \(2, 6\); expected \(2, 6, 2\)"),
         (shapes(epsilon=-1.0), "epsilon is -1.0"),
+        (shapes(feature_map="hedgehog_exp", epsilon=-1.0), "epsilon is -1.0"),
+        (shapes(q=(2, 6, 2, 0), k=(2, 6, 2, 0)), "widths of at least 1"),
+        (shapes(v=(2, 6, 2, 0)), "widths of at least 1"),
+        (shapes(query_weight=(2, 4, 0), key_weight=(2, 4, 0)), "f at least 1"),
         (shapes(chunk_size=0), "chunk_size is 0"),
         (shapes(layout=PACKED), "layout is for a grid"),
         (shapes(initial_state=FeatureState(torch.zeros(2, 2, 4, 4), None)), r"expected \(2, 2, 15, 4\)"),
@@ -344,6 +348,13 @@ def test_step_refuses_a_state_it_cannot_update():
     state = FeatureState(torch.zeros(2, 2, 4, 4).transpose(2, 3), None)
     with pytest.raises(ValueError, match="not contiguous"):
         feature_attention_step(*token, state, feature_map="elu")
+    for wrong, message in ((state.matrix, "is a Tensor; expected a FeatureState"), (None, "state is None")):
+        with pytest.raises(TypeError, match=message):
+            feature_attention_step(*token, wrong, feature_map="elu")
+    q, k, v = token
+    empty = FeatureState(torch.zeros(2, 2, 0, 4), None)
+    with pytest.raises(ValueError, match="widths of at least 1"):  # the C++ step divides by the state's size
+        feature_attention_step(q[..., :0], k[..., :0], v, empty, feature_map="elu")
 
 
 def test_a_wrong_weight_is_caught():

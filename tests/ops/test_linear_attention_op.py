@@ -110,6 +110,9 @@ def shapes(**changes):
         (shapes(k=(2, 6, 3, 4), v=(2, 6, 4, 3)), "do not divide the 4 heads"),
         (shapes(q=(2, 6, 1, 2, 4)), "rank axis is there for all"),
         (shapes(q=(2, 0, 2, 4), k=(2, 0, 2, 4), v=(2, 0, 2, 3)), "length 0"),
+        (shapes(q=(2, 6, 2, 0), k=(2, 6, 2, 0)), "ranks and widths of at least 1"),
+        (shapes(v=(2, 6, 2, 0)), "ranks and widths of at least 1"),
+        (shapes(q=(2, 6, 0, 2, 4), k=(2, 6, 0, 2, 4), v=(2, 6, 0, 2, 3)), "ranks and widths of at least 1"),
         (shapes(log_decay=(2, 6)), r"log_decay has shape \(2, 6\); expected \(2, 6, 2\)"),
         (shapes(past_weight=(2, 6, 1)), "past_weight has shape"),
         (shapes(initial_state=(2, 2, 4, 4)), r"expected \(2, 2, 4, 3\) torch.float32"),
@@ -138,3 +141,6 @@ def test_step_refuses_a_state_it_cannot_update():
         linear_attention_step(*token, None, torch.zeros(2, 2, 3, 4).transpose(2, 3))
     with pytest.raises(ValueError, match=r"expected \(2, 2, 4, 3\)"):
         linear_attention_step(*token, None, torch.zeros(1, 2, 4, 3))
+    q, k, v = token
+    with pytest.raises(ValueError, match="ranks and widths of at least 1"):  # the C++ step divides by the state's size
+        linear_attention_step(q, k, v[..., :0], None, torch.zeros(2, 2, 4, 0))

@@ -179,6 +179,8 @@ def feature_attention_step(
         raise ValueError(f"{owner}: queries are mapped to width {width} and keys to {key_width}; expected one width")
     epsilon = _options(owner, feature_map, normalize, epsilon, log_decay)
     log_decay = _decay(owner, log_decay, (batch_size, heads), v.dtype)
+    if state is None:
+        raise TypeError(f"{owner}: state is None; expected a FeatureState, such as FeatureState.empty(...)")
     matrix, scale = _given(owner, state, (batch_size, heads, feature_width(feature_map, width)), v, normalize,
                            feature_map)  # fmt: skip
     if not all(x is None or x.is_contiguous() for x in (matrix, scale)):
@@ -202,6 +204,8 @@ def _heads(owner: str, dims: int, inputs: dict[str, Tensor], *parameters: Tensor
     for name, count in groups.items():
         if count < 1 or heads % count:
             raise ValueError(f"{owner}: {name} has {count} groups, which do not divide the {heads} heads")
+    if any(x.shape[-1] < 1 for x in inputs.values()):
+        raise ValueError(f"{owner}: {_shapes(inputs)}; expected widths of at least 1")
     return heads
 
 
@@ -219,9 +223,10 @@ def _weight(
         if feature_map == "t2r":
             raise ValueError(f"{owner}: feature_map 't2r' is relu(x W), but {name} is None; give one, or use 'relu'")
         return None, depth
-    if weight.dim() != 3 or weight.shape[:2] != (heads, depth):
+    if weight.dim() != 3 or weight.shape[:2] != (heads, depth) or weight.shape[2] < 1:
         raise ValueError(
-            f"{owner}: {name} has shape {tuple(weight.shape)}; expected ({heads}, {depth}, f) (heads, D, f)"
+            f"{owner}: {name} has shape {tuple(weight.shape)}; "
+            f"expected ({heads}, {depth}, f) (heads, D, f), f at least 1"
         )
     return weight.to(state_dtype(x.dtype)), weight.shape[2]
 
@@ -230,6 +235,8 @@ def _options(owner: str, feature_map: str, normalize: bool, epsilon: float | Non
     """The epsilon in force; refuses what a map cannot do."""
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"{owner}: unknown feature_map {feature_map!r}; expected one of {', '.join(FEATURE_MAPS)}")
+    if epsilon is not None and not epsilon > 0:
+        raise ValueError(f"{owner}: epsilon is {epsilon}; expected a positive number")
     if feature_map == "hedgehog_exp":
         if log_decay is not None:
             raise ValueError(
@@ -245,8 +252,6 @@ def _options(owner: str, feature_map: str, normalize: bool, epsilon: float | Non
             f"{owner}: normalize=True divides by a sum of weights, which {feature_map!r} does not keep positive; "
             "use normalize=False or another map"
         )
-    if epsilon is not None and not epsilon > 0:
-        raise ValueError(f"{owner}: epsilon is {epsilon}; expected a positive number")
     return EPSILON if epsilon is None else epsilon
 
 
@@ -282,6 +287,8 @@ def _given(
     """Matrix and scale of a given state, checked."""
     if state is None:
         return None, None
+    if not isinstance(state, FeatureState):
+        raise TypeError(f"{owner}: the state is a {type(state).__name__}; expected a FeatureState (matrix, log_scale)")
     dtype, shape = state_dtype(v.dtype), (*size, v.shape[-1] + int(normalize))
     matrix, scale = state.matrix, state.log_scale
     if matrix.shape != shape or matrix.dtype != dtype:

@@ -207,6 +207,11 @@ def _inputs(
     for name, groups in (("q", q_groups), ("k", k_groups), ("v", v_groups)):
         if groups < 1 or heads % groups:
             raise ValueError(f"{owner}: {name} has {groups} groups, which do not divide the {heads} heads")
+    if any(0 in shape[len(axes) :] for shape in shapes):
+        raise ValueError(
+            f"{owner}: q, k, v have shapes {', '.join(str(tuple(shape)) for shape in shapes)}; "
+            "expected ranks and widths of at least 1"
+        )
     if v_groups != heads:
         v = v.repeat_interleave(heads // v_groups, dim=-2)
     if not ranked:
