@@ -91,7 +91,7 @@ def score_documents(
         if fresh:
             lanes += [(waiting.pop(), 0) for _ in range(fresh)]
             new = model.init_state(fresh, max_length=longest)
-            state = new if state is None else pytree.tree_map(lambda old, row: torch.cat([old, row]), state, new)
+            state = new if state is None else pytree.tree_map(_joined, state, new)
         pieces = [cache.document(document)[read : read + window + 1].astype(np.int64) for document, read in lanes]
         length = max(len(piece) for piece in pieces) - 1
         tokens = torch.zeros(len(lanes), length, dtype=torch.int64)
@@ -134,3 +134,8 @@ def _prefix_length(model: LanguageModel, window: int) -> int:
     if prefix > window:
         raise ValueError(f"window={window} does not hold the model's prefix_length={prefix}; raise window")
     return prefix
+
+
+def _joined(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    """Rows of both; a field may be None in a state."""
+    return None if old is None or new is None else torch.cat([old, new])

@@ -162,7 +162,16 @@ def pays_off(u: Tensor, modes: int, rows: int, layout: Layout | None = None) -> 
 
 
 def _allowed(backend: str) -> bool:
-    return backends.requested_backend() in ("auto", backend) and backends.missing(backend) is None
+    return backends.requested_backend() in ("auto", backend) and _installed(backend)
+
+
+def _installed(backend: str) -> bool:
+    return backends.missing(backend) is None
+
+
+# What torch._dynamo.assume_constant_result sets, without importing it: a compiler calls this and keeps the answer,
+# instead of tracing how an extension is looked for.
+_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_system(owner: str, heads: int, z: Tensor, b: Tensor, c: Tensor, skip: Tensor | None) -> None:
