@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from seqmodels.ops.diagonal_ssm.tables import MODES, grouped
@@ -69,10 +68,10 @@ def plan(u: Tensor, starts: Tensor | None, lengths: Tensor | None) -> Streams:
     length = u.shape[1]
     documents = u.shape[0] if starts is None else starts.shape[0]
     programs = _PROGRAMS * device_properties(u.device.index).multiprocessors
-    blocks = triton.cdiv(u.shape[2], _HEADS)
-    wanted = _TOGETHER * triton.cdiv(programs, blocks)
+    blocks = -(-u.shape[2] // _HEADS)
+    wanted = _TOGETHER * -(-programs // blocks)
     cuts = wanted // documents
     if cuts < 2 or length < 2 * _SHORTEST:
-        return Streams(documents, 1, triton.cdiv(length, 16) * 16, length, starts, lengths)
-    segment = max(_SHORTEST, triton.next_power_of_2(triton.cdiv(length, cuts)))
-    return Streams(documents, triton.cdiv(length, segment), segment, length, starts, lengths)
+        return Streams(documents, 1, -(-length // 16) * 16, length, starts, lengths)
+    segment = max(_SHORTEST, 1 << (-(-length // cuts) - 1).bit_length())  # the next power of two
+    return Streams(documents, -(-length // segment), segment, length, starts, lengths)

@@ -71,9 +71,8 @@ def tables_of(z: Tensor, b: Tensor, c: Tensor, skip: Tensor | None, *, strict: b
 
 def in_two_parts(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(real, imaginary) of complex128 numbers in float32, and what these lack."""
-    parts = numbers.real, numbers.imag
-    near = tuple(part.float() for part in parts)
-    return *near, *(part - nearest.double() for part, nearest in zip(parts, near, strict=True))
+    real, imaginary = numbers.real.float(), numbers.imag.float()
+    return real, imaginary, numbers.real - real.double(), numbers.imag - imaginary.double()
 
 
 def conjugate(pairs: Tensor) -> Tensor:
