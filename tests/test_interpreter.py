@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: every ``tests/**/interpret_*.py`` in one process with ``TRITON_INTERPRET=1``.
+"""Triton kernels without a GPU: every ``tests/**/interpret_*.py`` in a process of its own with ``TRITON_INTERPRET=1``.
 
 Triton reads that variable when a kernel is decorated, so it cannot be set inside this process.
 """
@@ -43,15 +43,18 @@ def run_interpreted(files: list[Path], report: Path, *options: str) -> tuple[dic
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_under_the_interpreter(tmp_path):
-    assert FILES, "no interpret_*.py below tests/"
-    counts, failures = run_interpreted(FILES, tmp_path / "report.xml", "-m", "not slow and not gpu")
-    print(f"{counts['tests']} interpreter tests in {len(FILES)} files, {counts['skipped']} skipped")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_under_the_interpreter(tmp_path, file):
+    counts, failures = run_interpreted([file], tmp_path / "report.xml", "-m", "not slow and not gpu")
     if counts["failures"] or counts["errors"]:
         summary = f"{counts['failures']} failed, {counts['errors']} errors under the interpreter"
         pytest.fail(f"{summary}:\n\n{failures}", pytrace=False)
-    written = sum(len(re.findall(r"^def test_", path.read_text(), re.MULTILINE)) for path in FILES)
+    written = len(re.findall(r"^def test_", file.read_text(), re.MULTILINE))
     assert counts["tests"] - counts["skipped"] >= written, f"{counts} from {written} test functions"
+
+
+def test_there_are_kernel_tests():
+    assert FILES, "no interpret_*.py below tests/"
 
 
 def test_a_failing_kernel_test_is_reported(tmp_path):
