@@ -130,7 +130,7 @@ def _hybrid_cpu() -> Iterator[Case]:
     for mode, priority in (("forward", 1), ("forward+backward", 2)):
         for length in (4096, 16384):
             yield Case("op", "sparse_attention", mode, "float32", 1, length, sparse, priority + 3 * (length > 4096))
-        for length in (1024, 4096):
+        for length in (512, 1024, 4096):
             yield _layer("kv_shift_attention", mode, "float32", 1, length, 512, priority)
         yield Case("layer", "chunk_moe", mode, "float32", 1, 2048, {"d_model": 512, **experts}, priority)
 

@@ -95,6 +95,7 @@ class KVShiftAttention(Attention):
             )
         self.shift, self.weights, self.shift_width = shift, weights, shift_width
         self._sizes = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        self._groups = "qkv".partition(shift)
         columns = 1 if weights == "gate" else shift_width
         for part, heads in self._sizes.items():
             mix = nn.Parameter(torch.empty(heads, columns, **options)) if part in shift else None
@@ -126,14 +127,16 @@ class KVShiftAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         last = state.last if isinstance(state, KVShiftState) else None
         raw = self.in_proj(x).unflatten(-1, (-1, self.head_dim))
-        shifted, last = kv_shift(self._shifted(raw), self.mix(), initial_state=last, layout=layout)
-        return *self._assemble(raw, shifted, position), (last,)
+        before, chosen, after = self._pieces(raw)
+        shifted, last = kv_shift(chosen, self.mix(), initial_state=last, layout=layout)
+        return *self._assemble((before, shifted, after), position), (last,)
 
     def step_heads(self, x_t: Tensor, state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(state, KVShiftState)
         raw = self.in_proj(x_t).unflatten(-1, (-1, self.head_dim))
-        shifted = kv_shift_step(self._shifted(raw), self.mix(), state.last)
-        return self._assemble(raw, shifted, state.position)
+        before, chosen, after = self._pieces(raw)
+        shifted = kv_shift_step(chosen, self.mix(), state.last)
+        return self._assemble((before, shifted, after), state.position)
 
     def init_state(
         self,
@@ -151,21 +154,24 @@ class KVShiftAttention(Attention):
         )  # fmt: skip
         return KVShiftState(cache.key, cache.value, cache.position, last)
 
-    def _shifted(self, raw: Tensor) -> Tensor:
-        """The heads that are shifted, a view: they stand side by side in q, k, v."""
-        first = {"q": 0, "k": self.num_heads, "v": self.num_heads + self.num_kv_heads}[self.shift[0]]
-        return raw[..., first : first + sum(self._sizes[part] for part in self.shift), :]
+    def _pieces(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Views of the heads before the shifted ones, of those, and of the rest: q, k, v stand side by side.
 
-    def _assemble(self, raw: Tensor, shifted: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = dict(zip("qkv", raw.split(tuple(self._sizes.values()), dim=-2), strict=True))
-        parts |= zip(self.shift, shifted.split([self._sizes[part] for part in self.shift], dim=-2), strict=True)
-        q, k = parts["q"], parts["k"]
+        One split, whose backward is one concatenation; slices would each fill a tensor of zeros.
+        """
+        return raw.split([sum(self._sizes[part] for part in parts) for parts in self._groups], dim=-2)
+
+    def _assemble(self, pieces: tuple[Tensor, ...], position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads: list[Tensor] = []
+        for parts, piece in zip(self._groups, pieces, strict=True):
+            heads += piece.split([self._sizes[part] for part in parts], dim=-2) if parts else ()
+        q, k, v = heads
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary_dim:
             tables = rotary_tables(position, self.rotary_dim, base=self.rotary_base, dtype=q.dtype)
             q, k = rotary(q, *tables), rotary(k, *tables)
-        return q, k, parts["v"]
+        return q, k, v
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, shift={self.shift!r}, weights={self.weights!r}, shift_width={self.shift_width}"
