@@ -7,6 +7,10 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evals.recall.suites import Cell
 
 SPEED = "speed"  # the suite that measures the training loop itself
 REAL_TEXT = "real_text"  # the suite of trained models on text
@@ -28,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", metavar="FOLDER", help=f"of {REAL_TEXT}: TASK.jsonl files; the hub if absent")
     parser.add_argument("--jobs", type=int, help="cells at a time, a thread each: the cores or GPUs given when absent")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results.jsonl; finished cells in it are kept")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[], metavar="RATE",
+        help="try these learning rates for the arms, with a seed and test set that no suite measures with",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
     parser.add_argument("--report", type=Path, nargs="+", metavar="DIR", help="draw the page into the first")
     options = parser.parse_args(arguments)
@@ -53,13 +61,11 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     from evals.recall import runner
     from evals.recall.display import LiveTable
-    from evals.recall.suites import grid_cells, load_suite
     from evals.recall.summary import SUITE, judge, summarise
     from evals.results import Results
 
     if options.list:
-        suite = load_suite(options.suite, options.tasks, options.arms)
-        for cell in grid_cells(Path(options.suite).stem, suite):
+        for cell in _cells(options):
             print(f"{cell.name} seed {cell.seed}")
         return 0
     if options.out is None:
@@ -72,10 +78,10 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from evals.recall.speed import measure
 
         return measure(Results(options.out, SUITE), options.arms)
-    suite = load_suite(options.suite, options.tasks, options.arms)
-    cells = grid_cells(Path(options.suite).stem, suite)
-    gpus = torch.cuda.device_count() if suite.device == "cuda" else 0
-    if suite.device == "cuda" and not gpus:
+    cells = _cells(options)
+    needs_gpu = cells[0].device == "cuda"
+    gpus = torch.cuda.device_count() if needs_gpu else 0
+    if needs_gpu and not gpus:
         raise ValueError(
             f"suite {options.suite!r} needs a GPU and none is visible to torch; on a CPU, --suite cpu takes 40 minutes"
         )
@@ -99,6 +105,14 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not complete:
         print("some cells could not be run; the same command tries them again")
     return 0 if complete and all(holds for _, holds in verdicts) else 1
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    from evals.recall.suites import grid_cells, load_suite
+    from evals.recall.tuning import tuning_cells
+
+    name, suite = Path(options.suite).stem, load_suite(options.suite, options.tasks, options.arms)
+    return tuning_cells(name, suite, options.rates) if options.rates else grid_cells(name, suite)
 
 
 if __name__ == "__main__":
