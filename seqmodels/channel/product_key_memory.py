@@ -139,11 +139,26 @@ class ProductKeyMemory(TokenwiseChannel):
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.einsum("z...hd,zhnd->z...hn", halves, self.subkeys.to(query.dtype))
         best, index = scores.topk(self.top_k, dim=-1)
-        sums = (best[0].unsqueeze(-1) + best[1].unsqueeze(-2)).flatten(-2)
-        top, pair = sums.topk(self.top_k, dim=-1)
-        first = index[0].gather(-1, pair // self.top_k)
-        second = index[1].gather(-1, pair % self.top_k)
-        return first * self.num_subkeys + second, top.softmax(-1)
+        first, second = self._best_pairs(best)
+        top = best[0].gather(-1, first) + best[1].gather(-1, second)
+        rows = index[0].gather(-1, first) * self.num_subkeys + index[1].gather(-1, second)
+        return rows, top.softmax(-1)
+
+    @torch.no_grad()
+    def _best_pairs(self, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in both halves' descending scores (2, ..., top_k) of the top_k largest sums.
+
+        The pair of places (i, j) has (i + 1)(j + 1) - 1 others that are at least as large, so only those with
+        (i + 1)(j + 1) <= top_k can be among the best: 119 of 1024 for a top_k of 32.
+        """
+        place = torch.arange(self.top_k, device=best.device)
+        counts = torch.div(self.top_k, place + 1, rounding_mode="floor")  # of second places for each first one
+        total = sum(self.top_k // (i + 1) for i in range(self.top_k))
+        first = place.repeat_interleave(counts, output_size=total)
+        second = torch.arange(total, device=best.device) - (counts.cumsum(0) - counts)[first]
+        sums = best[0].index_select(-1, first) + best[1].index_select(-1, second)
+        chosen = sums.topk(self.top_k, dim=-1).indices
+        return first[chosen], second[chosen]
 
     def flops(self, length: int) -> int:
         heads, k, half = self.num_heads, self.top_k, self.subkeys.shape[-1]
