@@ -211,7 +211,7 @@ struct LinearPast {
 };
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& key_cache, Tensor& value_cache,
-              const Tensor& position, double scale, const LinearPast* past) {
+              const Tensor& position, double scale, int64_t pinned, const LinearPast* past) {
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || is_bfloat16(q), "q must be float32 or bfloat16");
   check_tensor(q, "q", dtype);
@@ -229,6 +229,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& key_cac
   STD_TORCH_CHECK(capacity >= 1 && key_cache.numel() == batch * groups * capacity * head_dim &&
                       value_cache.numel() == key_cache.numel(),
                   "the caches must be (batch, key heads, capacity, head_dim)");
+  STD_TORCH_CHECK(pinned >= 0, "pinned is ", pinned, "; expected at least 0");
   const bool narrow = is_bfloat16(q);
   const int64_t size = narrow ? 2 : 4, row_bytes = head_dim * size, shared = heads / groups;
   const int64_t width = (head_dim + kWidestVector - 1) / kWidestVector * kWidestVector;
@@ -239,7 +240,11 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& key_cac
   std::vector<int64_t> first_unit(batch + 1, 0);  // units of work are numbered row by row
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(seen[b] >= 0, "position ", b, " is ", seen[b], "; expected at least 0");
-    const int64_t filled = std::min(seen[b] + 1, capacity), slot = seen[b] % capacity;
+    // The first `pinned` slots are never overwritten; the others are a ring.
+    STD_TORCH_CHECK(seen[b] < capacity || pinned < capacity, "row ", b, " has seen ", seen[b],
+                    " tokens and all of its ", capacity, " slots are pinned");
+    const int64_t filled = std::min(seen[b] + 1, capacity);
+    const int64_t slot = seen[b] < capacity ? seen[b] : pinned + (seen[b] - pinned) % (capacity - pinned);
     first_unit[b + 1] = first_unit[b] + groups * ((filled + kRun - 1) / kRun);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t from = (b * groups + g) * row_bytes, to = ((b * groups + g) * capacity + slot) * row_bytes;
@@ -310,8 +315,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& key_cac
 }
 
 Tensor attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor position,
-                          double scale) {
-  return attend(q, k, v, key_cache, value_cache, position, scale, nullptr);
+                          double scale, int64_t pinned) {
+  return attend(q, k, v, key_cache, value_cache, position, scale, pinned, nullptr);
 }
 
 Tensor window_linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor past, Tensor factor, Tensor key_cache,
@@ -322,7 +327,7 @@ Tensor window_linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor pas
                   "past must be (batch, heads, head_dim + 1)");
   STD_TORCH_CHECK(factor.numel() == q.size(1), "factor must be (heads)");
   const LinearPast linear{static_cast<const float*>(past.data_ptr()), static_cast<const float*>(factor.data_ptr())};
-  return attend(q, k, v, key_cache, value_cache, position, scale, &linear);
+  return attend(q, k, v, key_cache, value_cache, position, scale, 0, &linear);
 }
 
 }  // namespace
@@ -331,7 +336,7 @@ Tensor window_linear_attention_step_cpu(Tensor q, Tensor k, Tensor v, Tensor pas
 STABLE_TORCH_LIBRARY_FRAGMENT(seqmodels_cpu, m) {
   m.def(
       "attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor position, "
-      "float scale) -> Tensor");
+      "float scale, int pinned=0) -> Tensor");
   m.def(
       "window_linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor past, Tensor factor, Tensor(a!) key_cache, "
       "Tensor(b!) value_cache, Tensor position, float scale) -> Tensor");
