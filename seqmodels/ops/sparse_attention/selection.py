@@ -3,7 +3,7 @@
 Positions of a document are cut into blocks of S from position 0 on. The queries of block b choose
 among positions below b S, so that no token changes a choice made before it: the best G by score,
 the earlier one where scores are equal. The lists of all blocks are a prefix scan of "merge two
-sorted lists and keep G", done in log2(blocks) rounds.
+sorted lists and keep G", done in log2(blocks of a row) rounds.
 
 The tables are made by a registered op, so that a compiled model sees one node whatever the length.
 """

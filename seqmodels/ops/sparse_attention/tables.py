@@ -73,7 +73,8 @@ def forward(
             (ring + slots).masked_fill(empty, -1),
             global_position,
         )
-    through = _scan(own, start, blocks.first, document, num_globals)
+    # A document stays in its row: that bounds its blocks, and so the rounds of the scan.
+    through = _scan(own, start, blocks.first, document, num_globals, length // block + 2)
     before = _rows(through, torch.arange(-1, own.score.shape[0] - 1, device=device).clamp_min(0))
     before = _choose(blocks.first, _rows(start, document), before)
     # The final lists: behind the last whole block, or the lists in front of a document's only, open block.
@@ -125,14 +126,14 @@ def _choose(condition: Tensor, yes: _Lists, no: _Lists) -> _Lists:
     return _Lists(*(torch.where(condition[:, None], a, b) for a, b in zip(yes, no, strict=True)))
 
 
-def _scan(own: _Lists, start: _Lists, first: Tensor, document: Tensor, num_globals: int) -> _Lists:
-    """Row c: the best of the document's ``start`` and of its blocks up to and with c (T, G)."""
+def _scan(own: _Lists, start: _Lists, first: Tensor, document: Tensor, num_globals: int, most: int) -> _Lists:
+    """Row c: the best of the document's ``start`` and of its blocks, ``most`` of them, up to and with c (T, G)."""
     count = own.score.shape[0]
     index = torch.arange(count, device=first.device)
     # Each block's distance to its document's first block.
     opened = torch.where(first, index, 0).cummax(0).values
     lists, stride = own, 1
-    while stride < count:
+    while stride < min(count, most):
         earlier = _rows(lists, (index - stride).clamp_min(0))
         reaches = index - stride >= opened
         nothing = _Lists(torch.full_like(earlier.score, float("-inf")), *(torch.full_like(p, -1) for p in earlier[1:]))
