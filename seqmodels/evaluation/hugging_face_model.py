@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqmodels.evaluation.codec import HuggingFaceCodec, loading
 from seqmodels.evaluation.text_model import (
     Pair,
     TokenScores,
@@ -22,7 +23,7 @@ from seqmodels.models.initialization import dtype_named
 from seqmodels.tasks.recall_scoring import cut_at
 
 
-class HuggingFaceTextModel:
+class HuggingFaceTextModel(HuggingFaceCodec):
     """``AutoModelForCausalLM`` with its tokenizer.
 
     Only prompts of equal length share a batch: padding would enter the state of recurrent models, which do not all
@@ -39,13 +40,12 @@ class HuggingFaceTextModel:
         batch_size: int = 8,
         tokenizer: str | None = None,
     ) -> None:
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise ImportError(f"hf:{path} needs the transformers package: pip install 'seqmodels[hf]'") from error
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer or path)
+        super().__init__(tokenizer or path)
+        from transformers import AutoModelForCausalLM
+
         options = {} if dtype is None else {"dtype": dtype_named(dtype)}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        with loading(f"the causal language model {path!r}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         self.model: Any = loaded.to(device).eval()
         self.device, self.batch_size = torch.device(device), batch_size
         self.name = f"hf:{path}"
@@ -61,12 +61,6 @@ class HuggingFaceTextModel:
         )
         length = getattr(self.model.config, "max_position_embeddings", None)
         self.max_length: int | None = length if isinstance(length, int) and length > 0 else None
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @torch.no_grad()
     def generate(

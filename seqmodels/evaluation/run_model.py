@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from seqmodels.evaluation.codec import RunCodec
 from seqmodels.evaluation.text_model import (
     Pair,
     TokenScores,
@@ -27,7 +28,7 @@ PIECE = 2048  # columns that go through the model at a time; the state goes on
 LOGITS = 1 << 24  # entries of logits at a time
 
 
-class RunTextModel:
+class RunTextModel(RunCodec):
     """A run folder, a checkpoint or a saved model.
 
     Prompts are read by :class:`TextGenerator`: the separator before each text, left padding that reaches neither
@@ -47,7 +48,7 @@ class RunTextModel:
     ) -> None:
         loaded = load_model(path, device=device, dtype=None if dtype is None else dtype_named(dtype))
         self.model = loaded.model
-        self.tokenizer = load_tokenizer(tokenizer or loaded.tokenizer)
+        super().__init__(load_tokenizer(tokenizer or loaded.tokenizer))
         self.generator = TextGenerator(self.model, self.tokenizer)
         self.batch_size = batch_size
         self.name = str(path)
@@ -55,12 +56,6 @@ class RunTextModel:
         self.front = [self.tokenizer.separator]
         self.prefix_token: int | None = self.tokenizer.separator
         self.max_length: int | None = None
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text.encode("utf-8", "replace")).tolist()
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens))
 
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = (), window: int | None = None

@@ -60,8 +60,12 @@ def load_model(
     config = convert(data["model"], ModelConfig, "model")
     model = LanguageModel(config)
     load_weights(model, weights)
-    tokenizer = (data.get("data") or {}).get("tokenizer", "bytes")
-    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer, weights)
+    return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer_name(folder), weights)
+
+
+def tokenizer_name(path: str | Path) -> str:
+    """The tokenizer that the model in a folder was trained with, for ``load_tokenizer``."""
+    return (load_yaml(Path(path) / "config.yaml").get("data") or {}).get("tokenizer", "bytes")
 
 
 def save_model(model: LanguageModel, path: str | Path, *, tokenizer: str = "bytes") -> Path:

@@ -121,22 +121,41 @@ def answers(task: str, example: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def questions(
-    task: str, examples: Iterable[Mapping[str, Any]], codec: Codec, *, layout: str = "default", limit: int | None = 2048
-) -> Iterator[Question]:
+    task: str,
+    examples: Sequence[Mapping[str, Any]],
+    codec: Codec | None,
+    *,
+    layout: str = "default",
+    limit: int | None = 2048,
+) -> list[Question]:
     """Prompts of the examples, documents cut to ``limit - 50`` tokens before they are laid out.
 
     Args:
-        codec: of the model that will read them.
+        codec: of the model that will read them; not needed where nothing is cut.
         layout: ``"default"`` or ``"twice"``.
         limit: tokens of a document and its answer; None cuts nothing and drops nothing.
+
+    Raises:
+        ValueError: an unknown layout, a limit that leaves no token, a limit without a codec, no example left.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}.{nearest(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
     write = default_prompt if layout == "default" else read_twice
+    found = []
     for index, example in enumerate(examples):
-        cut = example if limit is None else truncated(task, example, codec, limit)
+        cut: Mapping[str, Any] | None = example
+        if limit is not None:
+            if codec is None:
+                raise ValueError(f"limit is {limit} and codec None; a cut needs the tokenizer of the model that reads")
+            cut = truncated(task, example, codec, limit)
         if cut is not None:
-            yield Question(index, write(task, cut), answers(task, example))
+            found.append(Question(index, write(task, cut), answers(task, example)))
+    if not found:
+        raise ValueError(
+            f"{task}: none of {len(examples)} examples is left at limit={limit}: an example whose key, value or first "
+            "answer has at most one character is dropped; limit none drops nothing"
+        )
+    return found
 
 
 def truncated(task: str, example: Mapping[str, Any], codec: Codec, limit: int) -> Mapping[str, Any] | None:

@@ -156,6 +156,11 @@ def test_questions_refuse_layouts_and_limits():
         list(questions("fda", [PAGE], Words(), layout="twise"))
     with pytest.raises(ValueError, match="limit is 50; expected more than the 50 tokens"):
         list(questions("fda", [PAGE], Words(), limit=50))
+    with pytest.raises(ValueError, match="limit is 60 and codec None; a cut needs the tokenizer"):
+        questions("fda", [PAGE], None, limit=60)
+    with pytest.raises(ValueError, match="fda: none of 1 examples is left at limit=60"):
+        questions("fda", [{**PAGE, "value": "3"}], Words(), limit=60)
+    assert questions("fda", [PAGE], None, limit=None) == questions("fda", [PAGE], Words(), limit=None)
 
 
 # Loading
