@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "attention": {
         "plain": dict(num_heads=2),
         "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
+        "pinned": dict(num_heads=4, num_kv_heads=2, window=4, pinned_tokens=3),
         "nope": dict(num_heads=2, rotary_fraction=0.0),
         "bidirectional": dict(num_heads=4, num_kv_heads=2, window=4, bidirectional=True),
     },
@@ -29,10 +30,13 @@ VARIANTS: dict[str, dict[str, dict]] = {
             num_heads=4, num_kv_heads=2, window=9, num_globals=2, block=5, rotary_fraction=0.5, qk_norm=True
         ),
         "window alone": dict(num_heads=2, window=4, num_globals=0, block=3),
+        "pinned": dict(num_heads=2, window=5, num_globals=3, block=4, pinned_tokens=2),
     },
     "kv_shift_attention": {
         "plain": dict(num_heads=2),
-        "grouped window": dict(num_heads=4, num_kv_heads=2, window=6, rotary_fraction=0.5, qk_norm=True, bias=True),
+        "grouped window": dict(
+            num_heads=4, num_kv_heads=2, window=6, pinned_tokens=2, rotary_fraction=0.5, qk_norm=True, bias=True
+        ),
         "gated keys": dict(num_heads=2, shift="k", weights="gate"),
         "wide": dict(num_heads=2, shift="qkv", weights="clamp", shift_width=4, rotary_fraction=0.0),
     },

@@ -98,6 +98,25 @@ class Mixer(nn.Module):
         grows with it. Device and dtype default to the parameters'."""
         raise NotImplementedError
 
+    def with_capacity(self, state: Any, max_length: int | None) -> Any:
+        """The same state with the capacity that ``init_state(max_length=max_length)`` has: differentiable, nothing in
+        place. The tokens seen must fit it. A layer whose state grows with the context implements it.
+
+        Raises:
+            NotImplementedError: the state's size depends on ``max_length``, and the layer does not say how.
+        """
+        wanted = dict(self.init_state(1, max_length=max_length, device="meta").tensors())
+        for name, tensor in state.tensors():
+            if tensor.shape[1:] != wanted[name].shape[1:]:
+                raise NotImplementedError(
+                    f"{type(self).__name__}: state field {name!r} grows with max_length; implement with_capacity"
+                )
+        return state
+
+    def pin(self, count: int) -> None:
+        """Keeps ``count`` more of a document's first tokens in sight of all later ones. Called once by a model with
+        meta tokens. A layer whose outputs depend on all of the past keeps this; one with a window implements it."""
+
     def state_bytes(self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None) -> int:
         """Exact bytes of the state for a context of ``context_length`` tokens."""
         return self.init_state(batch_size, max_length=context_length, device="meta", dtype=dtype).nbytes

@@ -257,3 +257,9 @@ class HedgehogWindow(CoreMixer):
             shared=shared,
             tied=tied,
         )
+
+    def pin(self, count: int) -> None:
+        raise ValueError(
+            f"{type(self).__name__}: a token that leaves the window joins the linear sums, so {count} first tokens "
+            "cannot stay in it; take attention with a window, or hedgehog, which has none"
+        )

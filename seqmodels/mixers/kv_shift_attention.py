@@ -39,8 +39,8 @@ class KVShiftAttention(Attention):
     The state is the one of :class:`Attention` and the last raw keys and values.
 
     Args:
-        d_model, num_heads, num_kv_heads, head_dim, window, rotary_fraction, rotary_base, qk_norm, bias: as in
-            :class:`Attention`.
+        d_model, num_heads, num_kv_heads, head_dim, window, pinned_tokens, rotary_fraction, rotary_base, qk_norm,
+            bias: as in :class:`Attention`.
         shift: what is shifted: ``"kv"``, the ablations ``"k"`` and ``"v"``, or ``"qkv"``.
         weights: ``"free"``: a1 drawn from U(0, 1), a2 = 1 - a1, both learned without constraint;
             ``"gate"``: a1 = sigmoid(g), a2 = 1 - a1; ``"clamp"``: free, clamped to [0, 1].
@@ -68,6 +68,7 @@ class KVShiftAttention(Attention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         window: int | None = None,
+        pinned_tokens: int = 0,
         rotary_fraction: float = 1.0,
         rotary_base: float = 1e4,
         qk_norm: bool = False,
@@ -81,7 +82,8 @@ class KVShiftAttention(Attention):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
-            rotary_fraction=rotary_fraction, rotary_base=rotary_base, qk_norm=qk_norm, bias=bias, **options,
+            pinned_tokens=pinned_tokens, rotary_fraction=rotary_fraction, rotary_base=rotary_base, qk_norm=qk_norm,
+            bias=bias, **options,
         )  # fmt: skip
         name = type(self).__name__
         if shift not in ("kv", "k", "v", "qkv"):

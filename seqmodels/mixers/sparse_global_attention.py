@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.attention import Attention, AttentionState
-from seqmodels.mixers.base import MixerOutput, ParameterHint, check_positive
+from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_positive
 from seqmodels.ops.registration import state_dtype
 from seqmodels.ops.rotary import token_positions
 from seqmodels.ops.sparse_attention import SparseCache, advance, empty, sparse_attention, sparse_attention_step
@@ -19,11 +20,16 @@ from seqmodels.ops.sparse_attention import SparseCache, advance, empty, sparse_a
 class SparseGlobalState(AttentionState):
     """A ring of ``window`` keys and values, and the chosen tokens; fields as in ``SparseCache``."""
 
-    recent_score: Tensor  # (batch, block)
-    global_key: Tensor  # (batch, num_kv_heads, num_globals, head_dim), rotated at true positions
+    recent_score: Tensor  # (batch, block); infinite for pinned tokens, as in global_score
+    global_key: Tensor  # (batch, num_kv_heads, num_globals and pinned, head_dim), rotated at true positions
     global_value: Tensor  # (batch, num_kv_heads, num_globals, head_dim)
     global_score: Tensor  # (batch, num_globals)
     global_position: Tensor  # (batch, num_globals) int64, -1 where empty
+
+    def canonical(self) -> SparseGlobalState:
+        """Without the infinite scores of pinned tokens, whose differences would be NaN."""
+        scores = (torch.where(score.isinf(), 0, score) for score in (self.recent_score, self.global_score))
+        return dataclasses.replace(self, **dict(zip(("recent_score", "global_score"), scores, strict=True)))
 
 
 class SparseGlobalAttention(Attention):
@@ -43,6 +49,8 @@ class SparseGlobalAttention(Attention):
         d_model, num_heads, num_kv_heads, head_dim, rotary_fraction, rotary_base, qk_norm, bias: as in
             :class:`Attention`.
         window: visible neighbours, the token itself included; at least ``block``.
+        pinned_tokens: first tokens of a document that are always chosen, beside ``num_globals`` others, and whose
+            logits get nothing added.
         num_globals: chosen tokens a block sees, 0 for none. More than there are tokens means all of them.
         block: queries that share one choice.
 
@@ -60,6 +68,7 @@ class SparseGlobalAttention(Attention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         window: int = 256,
+        pinned_tokens: int = 0,
         num_globals: int = 512,
         block: int = 128,
         rotary_fraction: float = 1.0,
@@ -72,7 +81,8 @@ class SparseGlobalAttention(Attention):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             d_model, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
-            rotary_fraction=rotary_fraction, rotary_base=rotary_base, qk_norm=qk_norm, bias=bias, **options,
+            pinned_tokens=pinned_tokens, rotary_fraction=rotary_fraction, rotary_base=rotary_base, qk_norm=qk_norm,
+            bias=bias, **options,
         )  # fmt: skip
         name = type(self).__name__
         check_positive(name, block=block)
@@ -112,9 +122,9 @@ class SparseGlobalAttention(Attention):
         position = token_positions(x, None if cache is None else cache.position, layout)
         qk, v = self.project(x)
         q, k = self.rotate(qk, position)
-        scores = self.scores(x)
+        scores = self._pinned(self.scores(x), position)
         y = sparse_attention(
-            q, k, v, scores, window=self._window, num_globals=self.num_globals, block=self.block, cache=cache,
+            q, k, v, scores, window=self._window, num_globals=self._chosen, block=self.block, cache=cache,
             layout=layout,
         )  # fmt: skip
         after = None
@@ -132,7 +142,7 @@ class SparseGlobalAttention(Attention):
         assert isinstance(state, SparseGlobalState)
         qk, v = self.project(x_t)
         q, k = self.rotate(qk, state.position)
-        y = sparse_attention_step(q, k, v, self.scores(x_t), _cache(state))
+        y = sparse_attention_step(q, k, v, self._pinned(self.scores(x_t), state.position), _cache(state))
         return self.out_proj(y.flatten(-2))
 
     def scores(self, x: Tensor) -> Tensor:
@@ -154,7 +164,7 @@ class SparseGlobalAttention(Attention):
         weight = self.out_proj.weight
         return SparseGlobalState(
             *empty(
-                batch_size, self.num_kv_heads, self.head_dim, window=self._window, num_globals=self.num_globals,
+                batch_size, self.num_kv_heads, self.head_dim, window=self._window, num_globals=self._chosen,
                 block=self.block, device=weight.device if device is None else device,
                 dtype=weight.dtype if dtype is None else dtype,
             )
@@ -162,8 +172,19 @@ class SparseGlobalAttention(Attention):
 
     def flops(self, length: int) -> int:
         local = min(length, self._window)
-        chosen = min(length, self._window + self.num_globals) - local  # the base counts the window
+        chosen = min(length, self._window + self.num_globals) - local  # the base counts the window and what is pinned
         return super().flops(length) + 4 * length * self.num_heads * self.head_dim * chosen
+
+    def with_capacity(self, state: AttentionState, max_length: int | None) -> AttentionState:
+        return Mixer.with_capacity(self, state, max_length)
+
+    def _pinned(self, scores: Tensor, position: Tensor) -> Tensor:
+        """The best score for pinned tokens: they are always chosen, and log sigmoid of it adds 0 to a logit."""
+        return scores.masked_fill(position < self.pinned_tokens, math.inf) if self.pinned_tokens else scores
+
+    @property
+    def _chosen(self) -> int:
+        return self.num_globals + self.pinned_tokens
 
     @property
     def _window(self) -> int:

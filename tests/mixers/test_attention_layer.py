@@ -182,11 +182,13 @@ def test_states_that_do_not_fit() -> None:
     x = torch.randn(2, 6, 32)
     with pytest.raises(ValueError, match=r"init_state\(batch_size, max_length=\.\.\.\)"):
         full.init_state(2)
-    with pytest.raises(ValueError, match="6 tokens do not fit a cache of 5"):
-        full(x, full.init_state(2, max_length=5))
+    with pytest.raises(ValueError, match="6 tokens after 0 do not fit a cache of 5"):
+        full(x, full.init_state(2, max_length=5), return_state=True)
     state = full(x, full.init_state(2, max_length=8), return_state=True).state
     with pytest.raises(ValueError, match="6 tokens after 6 do not fit a cache of 8"):
-        full(x, state)
+        full(x, state, return_state=True)
+    whole = full(torch.cat([x, x], 1)).y[:, 6:]
+    torch.testing.assert_close(full(x, state).y, whole)  # what is not kept needs no room
     for t in range(2):
         full.step(x[:, t], state)
     kept = state.clone()
@@ -195,8 +197,8 @@ def test_states_that_do_not_fit() -> None:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state.tensors(), kept.tensors(), strict=True))
     # A ring that max_length made smaller than its window cannot wrap either.
     ring = Attention(32, num_heads=4, window=9)
-    with pytest.raises(ValueError, match="6 tokens do not fit a cache of 4"):
-        ring(x, ring.init_state(2, max_length=4))
+    with pytest.raises(ValueError, match="6 tokens after 0 do not fit a cache of 4"):
+        ring(x, ring.init_state(2, max_length=4), return_state=True)
     with pytest.raises(ValueError, match="'key' is"):
         Attention(32, num_heads=4, window=3)(x, full.init_state(2, max_length=8))
     with pytest.raises(ValueError, match="'key' is"):

@@ -234,7 +234,7 @@ def test_memory_is_linear_in_length(case: str) -> None:
     cache = [torch.randn(1, 1, 3000, head_dim)] * 2 if case == "cache" else [None, None]
     position = torch.tensor([900]) if case == "cache" else None
     documents = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (q, k, v, *cache, position, *documents, window, 0.5, "both ways" in case)
+    arguments = (q, k, v, *cache, position, *documents, window, 0.5, "both ways" in case, 0)
     with LargestTensor() as largest:
         blocked.backward(grad, *arguments, *blocked.forward(*arguments))
     # The longest tensors hold heads x head_dim numbers a token, or one block of queries by its keys.
@@ -291,13 +291,88 @@ def test_registration(dynamic: str) -> None:
     layout = Layout.packed([[8, 12], [5]], capacity=4)
     caches = [torch.randn(4, 2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     position = torch.tensor([3, 9, 0, 0])
-    arguments = (q, k, v, *caches, position, layout.starts, layout.lengths, 6, 0.3, False, "torch")
+    arguments = (q, k, v, *caches, position, layout.starts, layout.lengths, 4, 0.3, False, 2, "torch")
     torch.library.opcheck(attention_op._operator.overload, arguments, test_utils=dynamic)
     step = [tensor.detach()[:, 0].contiguous() for tensor in (q, k, v)]
-    both = (q, k, v, None, None, None, layout.starts, layout.lengths, 6, 0.3, True, "torch")
+    both = (q, k, v, None, None, None, layout.starts, layout.lengths, 6, 0.3, True, 0, "torch")
     torch.library.opcheck(attention_op._operator.overload, both, test_utils=dynamic)
-    arguments = (*step, *(cache.detach()[:2].contiguous() for cache in caches), position[:2], 6, 0.3, "auto")
+    arguments = (*step, *(cache.detach()[:2].contiguous() for cache in caches), position[:2], 4, 0.3, 2, "auto")
     torch.library.opcheck(attention_op._step_operator.overload, arguments, test_utils=dynamic)
+
+
+def pinned_pairs(pinned: int, length: int, window: int) -> Tensor:
+    """(1, length, length) bool: key j is in the window of query i, or pinned and not after it."""
+    column = torch.arange(length)
+    distance = column[:, None] - column
+    return ((distance >= 0) & ((distance < window) | (column < pinned)))[None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize(("window", "pinned"), [(1, 1), (7, 5), (64, 3), (20, 100), (149, 4)])
+def test_pinned_tokens_stay_visible(window: int, pinned: int, layout_name: str, backend: str) -> None:
+    layout = LAYOUTS[layout_name]()
+    leaves = inputs()
+    mask = pinned_pairs(pinned, LENGTH, window).expand(3, -1, -1)
+    if layout is not None:
+        distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+        seen = (distance >= 0) & ((distance < window) | (layout.position[:, None, :] < pinned))
+        mask = visible_pairs(layout, 3, LENGTH, None) & seen
+    expected = dense(*leaves, mask)
+    with seqmodels.backend(backend):
+        y = attention(*leaves, window=window, pinned=pinned, layout=layout)
+        found = gradients(y, leaves)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, gradients(expected, leaves), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("path", [*BACKENDS, "flex"])
+@pytest.mark.parametrize(("window", "pinned", "capacity"), [(8, 3, 11), (1, 2, 3), (8, 30, 38), (40, 3, 41)])
+def test_pinned_slots_are_never_overwritten(
+    monkeypatch: pytest.MonkeyPatch, window: int, pinned: int, capacity: int, path: str
+) -> None:
+    """Pieces, then one token at a time, against one dense call over everything; rows differ in what they have seen."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    q, k, v = inputs(length=45)
+    if path == "flex":  # it has no backward on a CPU
+        q, k, v = (tensor.detach() for tensor in (q, k, v))
+    expected = dense(q, k, v, pinned_pairs(pinned, 45, window).expand(3, -1, -1))
+    cache = [
+        *(torch.zeros(3, 2, capacity, 8, dtype=torch.float64) for _ in range(2)),
+        torch.zeros(3, dtype=torch.int64),
+    ]
+    wraps, outputs, at = capacity == window + pinned, [], 0
+    for count in (2, 1, 17, 13):
+        piece = [tensor[:, at : at + count] for tensor in (q, k, v)]
+        if path == "flex":
+            y = flex.forward(*piece, *cache, None, window, 8**-0.5, False, pinned)
+        else:
+            with seqmodels.backend(path):
+                y = attention(
+                    *piece, window=window, pinned=pinned, key_cache=cache[0], value_cache=cache[1], position=cache[2]
+                )
+        cache = list(append_to_cache(*cache, *piece[1:], pinned=pinned, wraps=wraps))
+        outputs.append(y)
+        at += count
+    found, wanted = torch.cat(outputs, 1), expected[:, :at]
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    if path != "flex":
+        torch.testing.assert_close(gradients(found, [q, k, v]), gradients(wanted, [q, k, v]), rtol=1e-11, atol=1e-11)
+    for backend, dtype in (("reference", q.dtype), ("torch", q.dtype), ("cpu", torch.float32)):
+        if backend == "cpu" and seqmodels.backends.missing("cpu"):
+            continue
+        held = [cache[0].detach().to(dtype).clone(), cache[1].detach().to(dtype).clone(), cache[2].clone()]
+        for t in range(at, min(45, capacity if not wraps else 45)):
+            token = [tensor.detach()[:, t].to(dtype) for tensor in (q, k, v)]
+            with seqmodels.backend(backend):
+                y = attention_step(*token, *held, window=window, pinned=pinned)
+            held[2] += 1
+            # Sums of at most 45 weighted values of size 1 to 4: some roundings of the dtype.
+            bound = 64 * torch.finfo(dtype).eps
+            torch.testing.assert_close(y, expected[:, t].detach().to(dtype), rtol=bound, atol=bound)
+        first = min(pinned, at)
+        assert torch.equal(held[0][:, :, :first], k.detach()[:, :first].transpose(1, 2).to(dtype))
 
 
 # ---- GPU paths, as far as a CPU can check them
@@ -338,19 +413,25 @@ def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
-@pytest.mark.parametrize(("cached", "bidirectional"), [(0, False), (256, False), (0, True)])
-def test_flex_skips_only_blocks_without_pairs(window: int | None, cached: int, bidirectional: bool) -> None:
+@pytest.mark.parametrize(
+    ("cached", "bidirectional", "pinned"),
+    [(0, False, 0), (256, False, 0), (0, True, 0), (0, False, 4), (256, False, 4)],
+)
+def test_flex_skips_only_blocks_without_pairs(
+    window: int | None, cached: int, bidirectional: bool, pinned: int
+) -> None:
     layout = Layout.packed([[10, 300, 90], [600], [5, 5, 5]], 640)
     query_document, position = layout.document.flatten(), layout.position.flatten()
     slot_document = torch.randint(-1, 6, (cached,))
     slot_document[slot_document < 0] = -2  # an empty slot
     key_document = torch.cat([slot_document, torch.where(query_document < 0, -2, query_document)])
-    needed = needed_blocks(query_document, key_document, cached, window, bidirectional)
     key_position = torch.cat([torch.full((cached,), -1), position])
+    kept = key_position < pinned if pinned else None
+    needed = needed_blocks(query_document, key_document, cached, window, bidirectional, kept)
     distance = position[:, None] - key_position
     pairs = (query_document[:, None] == key_document) & ((distance >= 0) | bidirectional)
     if window is not None:
-        pairs &= (distance.abs() < window) | (key_position < 0)
+        pairs &= (distance.abs() < window) | (key_position < pinned)
     blocks = pairs.view(needed.shape[0], flex.BLOCK, needed.shape[1], flex.BLOCK).any(3).any(1)
     assert (needed | ~blocks).all()
     assert needed.sum() < needed.numel() / (1 if cached or bidirectional else 2)
@@ -481,13 +562,16 @@ def test_refusals() -> None:
         attention(q, k, v, key_cache=cache, value_cache=cache, position=position.int())
     with pytest.raises(ValueError, match="8 slots for a window of 4"):
         attention(q, k, v, window=4, key_cache=cache, value_cache=cache, position=position)
-    with pytest.raises(ValueError, match="6 tokens do not fit a cache of 4"):
-        attention(q, k, v, key_cache=cache[:, :, :4], value_cache=cache[:, :, :4], position=position)
+    with pytest.raises(ValueError, match="8 slots for a window of 4 beside 3 pinned tokens; expected at most 7"):
+        attention(q, k, v, window=4, pinned=3, key_cache=cache, value_cache=cache, position=position)
+    with pytest.raises(ValueError, match="pinned is -1; expected a number of tokens"):
+        attention(q, k, v, window=4, pinned=-1)
+    with pytest.raises(ValueError, match="pinned is 2, but bidirectional attention pins no tokens"):
+        attention(q, k, v, window=4, pinned=2, bidirectional=True)
     with pytest.raises(ValueError, match="bidirectional attention takes no caches"):
         attention(q, k, v, bidirectional=True, key_cache=cache, value_cache=cache, position=position)
-    for backend in BACKENDS:
-        with seqmodels.backend(backend), pytest.raises(ValueError, match="6 tokens after 3 do not fit a cache of 8"):
-            attention(q, k, v, key_cache=cache, value_cache=cache, position=position + 3)
+    with pytest.raises(ValueError, match="6 tokens after 3 do not fit a cache of 8"):
+        append_to_cache(cache, cache, position + 3, k, v, wraps=False)
     for backend in ("triton", "cuda"):
         with seqmodels.backend(backend), pytest.raises(BackendUnavailable, match="q is on 'cpu'"):
             attention(q, k, v, window=3)

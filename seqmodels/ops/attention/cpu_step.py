@@ -21,13 +21,14 @@ def forward(
     position: Tensor,
     window: int | None,
     scale: float,
+    pinned: int = 0,
 ) -> Tensor:
     capacity = key_cache.shape[2]
-    if (window is None or capacity < window) and int(position.amax()) >= capacity:
+    if (window is None or capacity < window + pinned) and int(position.amax()) >= capacity:
         raise ValueError(
             f"attention_step: {int(position.amax())} tokens are in a cache of {capacity}, so it is full; "
             "make the state with a larger max_length"
         )
     return torch.ops.seqmodels_cpu.attention_step(
-        q.contiguous(), k.contiguous(), v.contiguous(), key_cache, value_cache, position, scale
+        q.contiguous(), k.contiguous(), v.contiguous(), key_cache, value_cache, position, scale, pinned
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from seqmodels.layout import Layout
 
 
-def refusal(q: Tensor, key_cache: Tensor | None) -> str | None:
+def refusal(q: Tensor, key_cache: Tensor | None, pinned: int = 0) -> str | None:
     """Why flash-attn cannot take these tensors, or None."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn computes in float16 and bfloat16; q is {q.dtype}"
@@ -21,6 +21,8 @@ def refusal(q: Tensor, key_cache: Tensor | None) -> str | None:
         return f"flash-attn needs a head_dim of at most 256, a multiple of 8; it is {q.shape[-1]}"
     if key_cache is not None:
         return "flash-attn has no gradient through a cache"
+    if pinned:
+        return f"flash-attn's window cannot keep {pinned} pinned tokens"
     return None
 
 

@@ -4,7 +4,7 @@ The whole batch is one sequence. Keys are [all caches, padding to a block edge, 
 and each token carries a document number and an absolute position in it, from the layout and the
 state, on the device. A key is visible where the documents agree and
 
-    key position <= query position < key position + window,
+    key position <= query position < key position + window, or key position < pinned and <= query position,
 
 or, for bidirectional attention, where the positions differ by less than the window.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from seqmodels.layout import Layout
+from seqmodels.ops.attention.cache import held_positions
 
 BLOCK = 128
 
@@ -43,18 +44,14 @@ def forward(
     window: int | None,
     scale: float,
     bidirectional: bool,
+    pinned: int = 0,
 ) -> Tensor:
-    if key_cache is not None and position is not None and (window is None or key_cache.shape[2] < window):
-        count = q.shape[1] if layout is None else layout.lengths
-        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
-            (position + count <= key_cache.shape[2]).all(), "attention: the cache is full; use a larger max_length"
-        )
     query_document, query_position = _tokens(q, position, layout)
     key_document, key_position = torch.where(query_document < 0, -2, query_document), query_position
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     cached = 0
     if key_cache is not None and value_cache is not None and position is not None:
-        slot_document, slot_position = _slots(key_cache, position)
+        slot_document, slot_position = _slots(key_cache, position, pinned)
         cached = slot_document.shape[0]
         key_document, key_position = torch.cat([slot_document, key_document]), torch.cat([slot_position, key_position])
         keys, values = (
@@ -69,9 +66,14 @@ def forward(
             distance = distance.abs()
         else:
             result = result & (distance >= 0)
-        return result if window is None else result & (distance < window)
+        if window is None:
+            return result
+        near = distance < window
+        return result & (near | (key_position[key] < pinned) if pinned else near)
 
-    needed = needed_blocks(query_document, key_document, cached, window, bidirectional)
+    needed = needed_blocks(
+        query_document, key_document, cached, window, bidirectional, key_position < pinned if pinned else None
+    )
     count = needed.sum(-1, dtype=torch.int32)
     order = needed.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     mask = BlockMask.from_kv_blocks(
@@ -95,7 +97,12 @@ def forward(
 
 
 def needed_blocks(
-    query_document: Tensor, key_document: Tensor, cached: int, window: int | None, bidirectional: bool = False
+    query_document: Tensor,
+    key_document: Tensor,
+    cached: int,
+    window: int | None,
+    bidirectional: bool = False,
+    pinned: Tensor | None = None,
 ) -> Tensor:
     """(query blocks, key blocks) bool: False only where no pair is visible.
 
@@ -103,6 +110,7 @@ def needed_blocks(
         query_document: (tokens,) document of each query, negative for padding.
         key_document: (cached + tokens,) document of each key, negative for keys nobody sees.
         cached: cached keys in front, a multiple of the block.
+        pinned: (cached + tokens,) bool, keys that the window does not hide.
     """
     query_low, query_high = _document_ranges(query_document)
     key_low, key_high = _document_ranges(key_document)
@@ -115,16 +123,23 @@ def needed_blocks(
         ahead = window - 1 if bidirectional and window is not None else 0
         needed = needed & (key_first <= query_first + BLOCK - 1 + ahead)
     if window is not None:
-        needed = needed & ((key_first + BLOCK - 1 >= query_first - (window - 1)) | (key_first < 0))
+        near = (key_first + BLOCK - 1 >= query_first - (window - 1)) | (key_first < 0)
+        if pinned is not None:
+            near = near | _in_blocks(pinned & (key_document >= 0), False).any(1)
+        needed = needed & near
     return needed
 
 
 def _document_ranges(document: Tensor) -> tuple[Tensor, Tensor]:
     """Least and greatest document in each block; an empty range where there is none."""
-    count = document.shape[0]
-    blocks = torch.nn.functional.pad(document, (0, -count % BLOCK), value=-1).view(-1, BLOCK)
+    blocks = _in_blocks(document, -1)
     low = torch.where(blocks < 0, torch.iinfo(torch.int64).max, blocks).amin(1)
     return low, blocks.amax(1).clamp(min=-1)
+
+
+def _in_blocks(values: Tensor, fill: int | bool) -> Tensor:
+    """(blocks, BLOCK), the last block filled up."""
+    return torch.nn.functional.pad(values, (0, -values.shape[0] % BLOCK), value=fill).view(-1, BLOCK)
 
 
 def _tokens(q: Tensor, position: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor]:
@@ -137,12 +152,10 @@ def _tokens(q: Tensor, position: Tensor | None, layout: Layout | None) -> tuple[
     return document, index if position is None else index + position[document.clamp(min=0)]
 
 
-def _slots(cache: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _slots(cache: Tensor, position: Tensor, pinned: int) -> tuple[Tensor, Tensor]:
     """Document and position of each cached key, padded to a block; document -2 for empty slots."""
     documents, capacity = cache.shape[0], cache.shape[2]
-    slots = torch.arange(capacity, device=cache.device)
-    last = (position - 1)[:, None]
-    token = (last - (last - slots) % capacity).flatten()
+    token = held_positions(position, capacity, pinned).flatten()
     document = torch.arange(documents * capacity, device=cache.device) // capacity
     document = torch.where(token < 0, -2, document)
     padding = -document.shape[0] % BLOCK

@@ -26,6 +26,7 @@ def attention(
     *,
     window: int | None = None,
     bidirectional: bool = False,
+    pinned: int = 0,
     scale: float | None = None,
     layout: Layout | None = None,
     key_cache: Tensor | None = None,
@@ -41,7 +42,8 @@ def attention(
 
         y_i = sum_j p_ij v_j,   p_i = softmax_j(scale * q_i . k_j) over max(0, i - window + 1) <= j <= i
 
-    so ``window`` is the number of visible keys, the token itself included; None: all. Query head
+    so ``window`` is the number of visible keys, the token itself included; None: all. With ``pinned`` the
+    keys at j < pinned are seen beside them (attention sinks, arXiv:2309.17453). Query head
     h of H reads key head h * G // H. flash-attn's window (a, 0) is ``window = a + 1`` here.
     With ``bidirectional`` the sum is over |i - j| < window, 2 window - 1 keys: flash-attn's (a, a).
 
@@ -54,24 +56,26 @@ def attention(
         q: (batch, length, H, head_dim). k, v: (batch, length, G, head_dim); G divides H.
         window: visible keys, at least 1; on either side, the token itself included, when bidirectional.
         bidirectional: see later tokens of the document too; there are no caches then.
+        pinned: first tokens of a document that every later one sees, whatever the window.
         scale: 1 / sqrt(head_dim) when omitted.
         layout: documents; None: one a row. Outputs at padding are zero.
         key_cache, value_cache: (documents, G, capacity, head_dim), keys as they enter the product
-            (rotated); slot p mod capacity holds position p. A windowed cache has at most
-            ``window`` slots.
+            (rotated), in the slots of :mod:`seqmodels.ops.attention.cache`. A windowed cache has at most
+            ``pinned + window`` slots. There need be no room in them for the new tokens.
         position: (documents,) int64, tokens seen before. Given together with the caches.
 
     Returns:
         y (batch, length, H, head_dim). Gradients flow to q, k, v and both caches.
 
     Raises:
-        ValueError: shapes that do not fit, a bidirectional call with caches, or more tokens than a
-            cache that cannot wrap has slots. On a GPU, where positions are known to the device only,
-            the last is a device assertion.
+        ValueError: shapes that do not fit, a bidirectional call with caches or with pinned tokens.
         BackendUnavailable: a backend asked for by name that cannot take these tensors.
     """
     scale = _check("attention", q, k, v, 4, window, scale)
-    _check_cache("attention", k, layout, window, key_cache, value_cache, position)
+    pinned = _pinned("attention", pinned, window)
+    if bidirectional and pinned:
+        raise ValueError(f"attention: pinned is {pinned}, but bidirectional attention pins no tokens")
+    _check_cache("attention", k, layout, window, pinned, key_cache, value_cache, position)
     if bidirectional and key_cache is not None:
         raise ValueError(
             "attention: bidirectional attention takes no caches, since the tokens in them would have to see these; "
@@ -90,13 +94,13 @@ def attention(
         )
         return y.transpose(1, 2)
     if q.device.type == "cuda" and backend in ("auto", "cuda", "triton"):
-        return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, backend)
+        return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, pinned, backend)
     if backend in ("cuda", "triton"):
         raise backends.BackendUnavailable(
             f"attention: backend {backend!r} was asked for, but q is on {q.device.type!r}"
         )
     starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale, bidirectional)
+    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale, bidirectional, pinned)
     return _operator.overload(*arguments, "torch" if backend == "cpu" else backend)[0]
 
 
@@ -110,9 +114,10 @@ def attention_step(
     position: Tensor,
     *,
     window: int | None = None,
+    pinned: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """One token of :func:`attention`: writes k and v into slot ``position`` mod capacity, then attends.
+    """One token of :func:`attention`: writes k and v into their slot, then attends.
 
     Both caches change in place; ``position`` does not (advance it once all layers that share it
     have run). No gradient; on a GPU nothing is read on the host.
@@ -121,7 +126,7 @@ def attention_step(
         q: (batch, H, head_dim). k, v: (batch, G, head_dim).
         key_cache, value_cache: (batch, G, capacity, head_dim), contiguous.
         position: (batch,) int64, tokens each row has seen before this one.
-        window, scale: as in :func:`attention`.
+        window, pinned, scale: as in :func:`attention`.
 
     Returns:
         y (batch, H, head_dim).
@@ -130,12 +135,13 @@ def attention_step(
         ValueError: shapes that do not fit, or (on the CPU) a full cache; on a GPU that is a device assertion.
     """
     scale = _check("attention_step", q, k, v, 3, window, scale)
-    _check_cache("attention_step", k, None, window, key_cache, value_cache, position)
+    pinned = _pinned("attention_step", pinned, window)
+    _check_cache("attention_step", k, None, window, pinned, key_cache, value_cache, position)
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise ValueError("attention_step: a cache is not contiguous and cannot be updated in place; clone the state")
     # In the cache's dtype, under autocast too: casting one token is cheaper than casting a cache.
     tokens = (tensor.to(key_cache.dtype) for tensor in (q, k, v))
-    return _step_operator(*tokens, key_cache, value_cache, position, window, scale).to(q.dtype)
+    return _step_operator(*tokens, key_cache, value_cache, position, window, scale, pinned).to(q.dtype)
 
 
 def _on_gpu(
@@ -149,11 +155,14 @@ def _on_gpu(
     window: int | None,
     scale: float,
     bidirectional: bool,
+    pinned: int,
     backend: str,
 ) -> Tensor:
     from seqmodels.ops.attention import flash
 
-    refusal = flash.refusal(q, key_cache) if _HAS_FLASH else "flash-attn is not installed; pip install flash-attn"
+    refusal = (
+        flash.refusal(q, key_cache, pinned) if _HAS_FLASH else "flash-attn is not installed; pip install flash-attn"
+    )
     if refusal is None and backend != "triton":
         return flash.forward(q, k, v, layout, window, scale, bidirectional)
     if backend == "cuda":
@@ -165,7 +174,7 @@ def _on_gpu(
         )
     from seqmodels.ops.attention import flex
 
-    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional)
+    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, pinned)
 
 
 def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, dims: int, window: int | None, scale: float | None) -> float:
@@ -187,11 +196,19 @@ def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, dims: int, window: int |
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
+def _pinned(owner: str, pinned: int, window: int | None) -> int:
+    """Without a window every token is seen, pinned or not."""
+    if isinstance(pinned, bool) or not isinstance(pinned, int) or pinned < 0:
+        raise ValueError(f"{owner}: pinned is {pinned!r}; expected a number of tokens, 0 for none")
+    return 0 if window is None else pinned
+
+
 def _check_cache(
     owner: str,
     k: Tensor,
     layout: Layout | None,
     window: int | None,
+    pinned: int,
     key_cache: Tensor | None,
     value_cache: Tensor | None,
     position: Tensor | None,
@@ -212,13 +229,11 @@ def _check_cache(
         raise ValueError(
             f"{owner}: position is {tuple(position.shape)} {position.dtype}; expected ({documents},) torch.int64"
         )
-    if window is not None and capacity > window:
+    if window is not None and capacity > window + pinned:
+        beside = f" beside {pinned} pinned tokens" if pinned else ""
         raise ValueError(
-            f"{owner}: the cache has {capacity} slots for a window of {window}; a ring has at most {window}"
-        )
-    if layout is None and k.dim() == 4 and (window is None or capacity < window) and k.shape[1] > capacity:
-        raise ValueError(
-            f"{owner}: {k.shape[1]} tokens do not fit a cache of {capacity}; make the state with a larger max_length"
+            f"{owner}: the cache has {capacity} slots for a window of {window}{beside}; "
+            f"expected at most {window + pinned}"
         )
 
 
@@ -229,7 +244,7 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 _operator = Operator(
     "attention",
     "Tensor q, Tensor k, Tensor v, Tensor? key_cache, Tensor? value_cache, Tensor? position, "
-    "Tensor? starts, Tensor? lengths, int? window, float scale, bool bidirectional",
+    "Tensor? starts, Tensor? lengths, int? window, float scale, bool bidirectional, int pinned",
     outputs=2,
     residuals=1,
     keep_outputs=True,
@@ -240,7 +255,7 @@ _operator = Operator(
 _step_operator = Operator(
     "attention_step",
     "Tensor q, Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor position, "
-    "int? window, float scale",
+    "int? window, float scale, int pinned",
     outputs=1,
     fake=lambda q, *_: q.new_empty(q.shape),
     modules={

@@ -20,6 +20,7 @@ def forward(
     window: int | None,
     scale: float,
     bidirectional: bool,
+    pinned: int = 0,
 ) -> tuple[Tensor, Tensor]:
     batch_size, length, heads, _ = q.shape
     exact = state_dtype(q.dtype)
@@ -36,19 +37,19 @@ def forward(
         seen = 0 if position is None else int(position[document])
         keys, values = flat_k[start : start + count], flat_v[start : start + count]
         key_position = torch.arange(seen, seen + count, device=q.device)
-        if key_cache is not None and value_cache is not None:
+        if key_cache is not None and value_cache is not None and position is not None:
             capacity = key_cache.shape[2]
-            if (window is None or capacity < window) and seen + count > capacity:
-                raise ValueError(f"attention: {count} tokens after {seen} do not fit a cache of {capacity}")
-            past = torch.arange(max(0, seen - capacity), seen, device=q.device)
-            keys = torch.cat([key_cache[document][:, past % capacity].transpose(0, 1).to(exact), keys])
-            values = torch.cat([value_cache[document][:, past % capacity].transpose(0, 1).to(exact), values])
+            past = torch.arange(seen, device=q.device)
+            past = past[(past < pinned) | (past >= seen - (capacity - pinned))]  # what is still there
+            slots = torch.where(past < capacity, past, pinned + (past - pinned) % max(1, capacity - pinned))
+            keys = torch.cat([key_cache[document][:, slots].transpose(0, 1).to(exact), keys])
+            values = torch.cat([value_cache[document][:, slots].transpose(0, 1).to(exact), values])
             key_position = torch.cat([past, key_position])
         query_position = torch.arange(seen, seen + count, device=q.device)[:, None]
         distance = query_position - key_position
         visible = torch.ones_like(distance, dtype=torch.bool) if bidirectional else distance >= 0
         if window is not None:
-            visible = visible & (distance.abs() < window)
+            visible = visible & ((distance.abs() < window) | (key_position < pinned))
         repeats = heads // keys.shape[1]
         keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         scores = scale * torch.einsum("ihd,jhd->hij", flat_q[start : start + count], keys)

@@ -17,16 +17,19 @@ def forward(
     position: Tensor,
     window: int | None,
     scale: float,
+    pinned: int = 0,
 ) -> Tensor:
     capacity, exact = key_cache.shape[2], state_dtype(q.dtype)
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     for row, seen in enumerate(position.tolist()):
-        if (window is None or capacity < window) and seen >= capacity:
+        if (window is None or capacity < window + pinned) and seen >= capacity:
             raise ValueError(f"attention_step: row {row} has seen {seen} tokens and its cache holds {capacity}")
-        key_cache[row, :, seen % capacity] = k[row]
-        value_cache[row, :, seen % capacity] = v[row]
-        first = max(0, seen + 1 - (capacity if window is None else min(window, capacity)))
-        slots = torch.arange(first, seen + 1, device=q.device) % capacity
+        places = torch.arange(seen + 1, device=q.device)
+        if window is not None:
+            places = places[(places < pinned) | (places > seen - window)]
+        slots = torch.where(places < capacity, places, pinned + (places - pinned) % max(1, capacity - pinned))
+        key_cache[row, :, slots[-1]] = k[row]
+        value_cache[row, :, slots[-1]] = v[row]
         repeats = q.shape[1] // k.shape[1]
         keys = key_cache[row][:, slots].to(exact).repeat_interleave(repeats, 0)
         values = value_cache[row][:, slots].to(exact).repeat_interleave(repeats, 0)

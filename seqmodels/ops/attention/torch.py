@@ -2,9 +2,9 @@
 
 PyTorch's CPU flash attention does the arithmetic; this file decides which keys each block of
 queries is given. Documents go one after another. A document without a window and without a past is
-one call, causal or not. Otherwise queries go in blocks: block [i0, i1) gets exactly the span of keys that
-its queries can see together, and one additive (block, span) mask cuts the corners. The largest
-mask is one block of queries by its span of keys.
+one call, causal or not. Otherwise queries go in blocks: block [i0, i1) gets exactly the keys that its queries
+can see together, the pinned ones and a span, and one additive mask cuts the corners. The largest mask is one
+block of queries by its keys.
 
 The flash kernels are called below autograd, because the loop's gradient by autograd would
 allocate a full-length gradient for every slice: the backward here accumulates into one buffer.
@@ -37,7 +37,8 @@ class _Group(NamedTuple):
 
 class _Block(NamedTuple):
     queries: slice
-    keys: slice
+    front: int  # keys taken from the beginning: pinned ones
+    keys: slice  # and the span behind them
     causal: bool
     mask: Tensor | None
 
@@ -60,19 +61,20 @@ def forward(
     window: int | None,
     scale: float,
     bidirectional: bool,
+    pinned: int,
 ) -> tuple[Tensor, Tensor]:
     allocate = torch.empty if starts is None else torch.zeros
     y = allocate(q.shape, dtype=q.dtype)
     log_sum = allocate(q.shape[:3], dtype=state_dtype(q.dtype))
-    for group in _groups(q, key_cache, position, starts, lengths, window):
+    for group in _groups(q, position, starts, lengths):
         queries = q[group.rows, group.columns].transpose(1, 2)
-        past = _past(group, key_cache, window)
-        keys = _with_past(k, key_cache, group, past)
-        values = _with_past(v, value_cache, group, past)
+        past = _past(group, key_cache, window, pinned)
+        keys = _with_past(k, key_cache, past, group)
+        values = _with_past(v, value_cache, past, group)
         out = y[group.rows, group.columns].transpose(1, 2)
         sums = log_sum[group.rows, group.columns].transpose(1, 2)
-        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype):
-            part = (queries[:, :, block.queries], keys[:, :, block.keys], values[:, :, block.keys])
+        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype, pinned):
+            part = (queries[:, :, block.queries], _pick(keys, block), _pick(values, block))
             result, sum_ = _flash(*part, 0.0, block.causal, attn_mask=block.mask, scale=scale)
             out[:, :, block.queries] = result
             sums[:, :, block.queries] = sum_
@@ -92,6 +94,7 @@ def backward(
     window: int | None,
     scale: float,
     bidirectional: bool,
+    pinned: int,
     y: Tensor,
     log_sum: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -100,40 +103,35 @@ def backward(
     grad_q, grad_k, grad_v = (allocate(tensor.shape, dtype=tensor.dtype) for tensor in (q, k, v))
     grad_key_cache = q.new_empty(0) if key_cache is None else torch.zeros_like(key_cache)
     grad_value_cache = q.new_empty(0) if value_cache is None else torch.zeros_like(value_cache)
-    for group in _groups(q, key_cache, position, starts, lengths, window):
+    for group in _groups(q, position, starts, lengths):
         at = (group.rows, group.columns)
         queries, out, sums, grad_out = (tensor[at].transpose(1, 2) for tensor in (q, y, log_sum, grad))
-        past = _past(group, key_cache, window)
-        keys = _with_past(k, key_cache, group, past)
-        values = _with_past(v, value_cache, group, past)
+        past = _past(group, key_cache, window, pinned)
+        keys = _with_past(k, key_cache, past, group)
+        values = _with_past(v, value_cache, past, group)
         # Blocks overlap in their keys: sum in float32.
         grad_keys, grad_values = (torch.zeros(keys.shape, dtype=log_sum.dtype) for _ in range(2))
-        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype):
-            rows, span = (slice(None), slice(None), block.queries), (slice(None), slice(None), block.keys)
+        for block in _blocks(queries.shape[2], keys.shape[2], window, bidirectional, q.dtype, pinned):
+            rows = (slice(None), slice(None), block.queries)
             found_q, found_k, found_v = _flash_backward(
-                grad_out[rows], queries[rows], keys[span], values[span], out[rows], sums[rows],
+                grad_out[rows], queries[rows], _pick(keys, block), _pick(values, block), out[rows], sums[rows],
                 0.0, block.causal, attn_mask=block.mask, scale=scale,
             )  # fmt: skip
             grad_q[at].transpose(1, 2)[rows] = found_q
-            grad_keys[span] += found_k
-            grad_values[span] += found_v
-        grad_k[at] = grad_keys[:, :, past:].transpose(1, 2)
-        grad_v[at] = grad_values[:, :, past:].transpose(1, 2)
+            for total, found in ((grad_keys, found_k), (grad_values, found_v)):
+                total[:, :, : block.front] += found[:, :, : block.front]
+                total[:, :, block.keys] += found[:, :, block.front :]
+        held = sum(source.stop - source.start for source, _ in past)
+        grad_k[at] = grad_keys[:, :, held:].transpose(1, 2)
+        grad_v[at] = grad_values[:, :, held:].transpose(1, 2)
         if past:
-            for source, slots in _slots(group, key_cache, past):
+            for source, slots in past:
                 grad_key_cache[group.caches, :, slots] = grad_keys[:, :, source]
                 grad_value_cache[group.caches, :, slots] = grad_values[:, :, source]
     return grad_q, grad_k, grad_v, grad_key_cache, grad_value_cache
 
 
-def _groups(
-    q: Tensor,
-    key_cache: Tensor | None,
-    position: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    window: int | None,
-) -> Iterator[_Group]:
+def _groups(q: Tensor, position: Tensor | None, starts: Tensor | None, lengths: Tensor | None) -> Iterator[_Group]:
     batch_size, length = q.shape[:2]
     everything = slice(0, length)
     if starts is None or lengths is None:
@@ -150,63 +148,75 @@ def _groups(
                 row, column = divmod(start, length)
                 span = slice(column, column + count)
                 groups.append(_Group(slice(row, row + 1), span, slice(document, document + 1), seen[document]))
-    for group in groups:
-        if key_cache is not None:
-            capacity, count = key_cache.shape[2], group.columns.stop - group.columns.start
-            if (window is None or capacity < window) and group.seen + count > capacity:
-                raise ValueError(
-                    f"attention: {count} tokens after {group.seen} do not fit a cache of {capacity}; "
-                    f"make the state with max_length of at least {group.seen + count}"
-                )
-        yield group
+    yield from groups
 
 
-def _past(group: _Group, key_cache: Tensor | None, window: int | None) -> int:
-    """How many cached keys the group's first query can see."""
-    if key_cache is None:
-        return 0
-    visible = min(group.seen, key_cache.shape[2])
-    return visible if window is None else min(visible, window - 1)
+def _past(group: _Group, cache: Tensor | None, window: int | None, pinned: int) -> list[tuple[slice, slice]]:
+    """The cached keys that the group's first query can see, in order of time: runs (place in that order, slots)."""
+    if cache is None:
+        return []
+    capacity, seen = cache.shape[2], group.seen
+    front = min(seen, pinned)
+    recent = min(seen, capacity) - front
+    recent = recent if window is None else min(recent, window - 1)
+    runs, first = [(0, front)], seen - recent
+    if recent and seen <= capacity:
+        runs.append((first, recent))
+    elif recent:  # the ring has wrapped: at most two runs
+        start = pinned + (first - pinned) % (capacity - pinned)
+        head = min(recent, capacity - start)
+        runs += [(start, head), (pinned, recent - head)]
+    result, place = [], 0
+    for slot, count in runs:
+        if count:
+            result.append((slice(place, place + count), slice(slot, slot + count)))
+            place += count
+    return result
 
 
-def _slots(group: _Group, cache: Tensor | None, past: int) -> Iterator[tuple[slice, slice]]:
-    """Where the last ``past`` tokens lie in the ring, in order of time: at most two runs."""
-    assert cache is not None
-    capacity = cache.shape[2]
-    first = (group.seen - past) % capacity
-    head = min(past, capacity - first)
-    yield slice(0, head), slice(first, first + head)
-    if head < past:
-        yield slice(head, past), slice(0, past - head)
-
-
-def _with_past(new: Tensor, cache: Tensor | None, group: _Group, past: int) -> Tensor:
+def _with_past(new: Tensor, cache: Tensor | None, past: list[tuple[slice, slice]], group: _Group) -> Tensor:
     """(rows, key heads, past + new tokens, head_dim)."""
     tokens = new[group.rows, group.columns].transpose(1, 2)
-    if past == 0 or cache is None:
+    if not past or cache is None:
         return tokens
-    runs = [cache[group.caches, :, slots].to(new.dtype) for _, slots in _slots(group, cache, past)]
-    return torch.cat([*runs, tokens], dim=2)
+    return torch.cat([*(cache[group.caches, :, slots].to(new.dtype) for _, slots in past), tokens], dim=2)
 
 
-def _blocks(count: int, keys: int, window: int | None, bidirectional: bool, dtype: torch.dtype) -> Iterator[_Block]:
-    """Blocks of queries with the keys they see; query i stands at key index keys - count + i."""
+def _pick(keys: Tensor, block: _Block) -> Tensor:
+    """The keys of a block: the pinned ones, and the span behind them."""
+    if block.front == block.keys.start:
+        return keys[:, :, : block.keys.stop]
+    if block.front == 0:
+        return keys[:, :, block.keys]
+    return torch.cat([keys[:, :, : block.front], keys[:, :, block.keys]], dim=2)
+
+
+def _blocks(
+    count: int, keys: int, window: int | None, bidirectional: bool, dtype: torch.dtype, pinned: int = 0
+) -> Iterator[_Block]:
+    """Blocks of queries with the keys they see; query i stands at key index keys - count + i.
+
+    The pinned keys are the first ones, from the past or new.
+    """
     past = keys - count
     if past == 0 and (window is None or window >= count):
-        yield _Block(slice(0, count), slice(0, count), not bidirectional, None)
+        yield _Block(slice(0, count), 0, slice(0, count), not bidirectional, None)
         return
     size = _LARGEST_BLOCK if window is None else min(_LARGEST_BLOCK, max(_SMALLEST_BLOCK, window))
     mask, made_for = None, None
     for begin in range(0, count, size):
         end = min(begin + size, count)
-        first = 0 if window is None else max(0, past + begin - window + 1)
         last = past + end if window is None or not bidirectional else min(keys, past + end + window - 1)
-        place = (end - begin, last - first, past + begin - first)
+        front = 0 if window is None else min(pinned, last)
+        first = 0 if window is None else max(front, past + begin - window + 1)
+        place = (end - begin, last - first, past + begin - first, min(past + begin, pinned))
         if end - begin == 1:
-            mask = None  # one query sees its whole span
+            mask = None  # one query sees all of its keys
         elif place != made_for:
-            mask, made_for = _mask(*place, window, bidirectional, dtype), place
-        yield _Block(slice(begin, end), slice(first, last), False, mask)
+            mask, made_for = _mask(*place[:3], window, bidirectional, dtype), place
+            if front:
+                mask = torch.cat([_mask(end - begin, front, past + begin, None, False, dtype), mask], dim=1)
+        yield _Block(slice(begin, end), front, slice(first, last), False, mask)
 
 
 def _mask(queries: int, keys: int, begin: int, window: int | None, bidirectional: bool, dtype: torch.dtype) -> Tensor:

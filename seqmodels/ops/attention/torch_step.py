@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqmodels.ops.attention.cache import slot_of
+
 
 def forward(
     q: Tensor,
@@ -20,10 +22,11 @@ def forward(
     position: Tensor,
     window: int | None,
     scale: float,
+    pinned: int = 0,
 ) -> Tensor:
     batch_size, heads, head_dim = q.shape
     groups, capacity = k.shape[1], key_cache.shape[2]
-    bounded = window is None or capacity < window
+    bounded = window is None or capacity < window + pinned
     filled, uniform = capacity, False
     if position.device.type == "cpu":
         low, high = position.aminmax()
@@ -37,7 +40,7 @@ def forward(
         torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             (position < capacity).all(), "attention_step: the cache is full; use a larger max_length"
         )
-    index = (position % capacity).view(-1, 1, 1, 1).expand(-1, groups, 1, head_dim)
+    index = slot_of(position, capacity, pinned).view(-1, 1, 1, 1).expand(-1, groups, 1, head_dim)
     key_cache.scatter_(2, index, k.unsqueeze(2))
     value_cache.scatter_(2, index, v.unsqueeze(2))
     keys, values = key_cache[:, :, :filled], value_cache[:, :, :filled]
