@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_positive
@@ -60,6 +60,11 @@ class Workspace(Mixer):
         rank: width of queries, keys and values.
         active: slots that a segment may write.
         segment: tokens of a segment, counted from the document's first.
+        address_std: standard deviation of the first addresses A, and with it how sharply slots choose tokens
+            before anything is learned. With a unit normal u and ``nn.Linear``'s initial W_k2 the scores l begin with
+            a deviation of 0.58 ``address_std``. A token that is alone among n must exceed the others by log n to
+            hold half of a slot: 4.9 for 128, that is 0.75 deviations of a difference at 8 and 6 at 1, where slots
+            begin as means over the segment and a fact named once is lost in them (measured in ``evals.hydra``).
 
     State: float32; see :class:`WorkspaceState`.
 
@@ -73,13 +78,23 @@ class Workspace(Mixer):
     residual_outputs: ClassVar[tuple[str, ...]] = ("read_out.weight",)
 
     def __init__(
-        self, d_model: int, *, num_slots: int = 64, rank: int = 128, active: int = 32, segment: int = 128
+        self,
+        d_model: int,
+        *,
+        num_slots: int = 64,
+        rank: int = 128,
+        active: int = 32,
+        segment: int = 128,
+        address_std: float = 8.0,
     ) -> None:
         super().__init__(d_model)
         name = type(self).__name__
         check_positive(name, num_slots=num_slots, rank=rank, active=active, segment=segment)
         if active > num_slots:
             raise ValueError(f"{name}: active is {active} of num_slots={num_slots}; expected at most all")
+        if not 0 < address_std < math.inf:
+            raise ValueError(f"{name}: address_std is {address_std}; expected a positive finite number")
+        self.address_std = address_std
         self.num_slots, self.rank, self.active, self.segment = num_slots, rank, active, segment
         self.read_query = nn.Linear(d_model, rank, bias=False)
         self.read_key = nn.Linear(d_model, rank, bias=False)
@@ -96,9 +111,9 @@ class Workspace(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws W_0 from N(0, 0.01^2) and the addresses from N(0, 1)."""
+        """Draws W_0 from N(0, 0.01^2) and the addresses from N(0, address_std^2)."""
         self.initial_slots.normal_(std=0.01)
-        self.addresses.normal_()
+        self.addresses.normal_(std=self.address_std)
 
     def forward(
         self,
@@ -109,16 +124,19 @@ class Workspace(Mixer):
         return_state: bool = False,
     ) -> MixerOutput:
         self.check_input(x, state, layout)
+        if state is None and layout is None:
+            return self._from_the_start(x, return_state)
         documents = x.shape[0] if layout is None else layout.num_documents
         if state is not None:
             self.check_state(state, documents)
-        before = self._initial(documents, x.dtype) if state is None else state
+        before = self._initial(documents, x.dtype) if state is None else self._from(state)
         starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
         blocks = aligned_blocks(starts, lengths, before.position, x.shape[0], x.shape[1], self.segment)
         flat = x.flatten(0, 1)
         held = blocks.token >= 0
         rows = torch.where(held[..., None], flat[blocks.token.clamp_min(0)], 0)  # (blocks, segment, d_model)
-        sums, write_gate = self._gather(rows, held, before, blocks)
+        score, value, write_gate = self._write(rows)
+        sums = self._gather(score, value, held, _open_segments(before, blocks, self.segment))
         whole = blocks.filled.all(1)
         keep, update = self._update(sums, whole)
         after, _ = linear_recurrence(
@@ -188,6 +206,13 @@ class Workspace(Mixer):
             torch.zeros(documents, dtype=torch.int64, device=device),
         )
 
+    def _from(self, state: WorkspaceState) -> WorkspaceState:
+        """The state to go on from. Before its first token a document has W_0 itself, with its gradient: in a state of
+        :meth:`init_state` it is a copy, from which W_0 would never learn."""
+        begins = (state.position == 0)[:, None, None]
+        slots = torch.where(begins, self.initial_slots.to(state.slots.dtype), state.slots)
+        return WorkspaceState(slots, state.largest, state.mass, state.gathered, state.position)
+
     def _read(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """(n, tokens, d_model) inputs of n segments and their slots (n, num_slots, d_model): outputs and gates."""
         normed = rms_norm(slots, (self.d_model,)).to(rows.dtype)
@@ -206,22 +231,22 @@ class Workspace(Mixer):
         gate = torch.sigmoid(self.write_gate(rows) - 1)
         return score, (gate * self.write_value(rows)).to(dtype), gate.squeeze(-1)
 
-    def _gather(
-        self, rows: Tensor, held: Tensor, before: WorkspaceState, blocks: AlignedBlocks
-    ) -> tuple[_Sums, Tensor]:
-        """The sums of each segment, those of the past included where a document goes on inside one."""
-        score, value, gate = self._write(rows)
-        score = score.masked_fill(~held[..., None], _FLOOR)
-        inside = blocks.first & (before.position[blocks.document] % self.segment > 0)
-        carried = _Sums(before.largest[blocks.document], before.mass[blocks.document], before.gathered[blocks.document])
-        old = torch.where(inside[:, None], carried.largest, _FLOOR)
-        largest = torch.maximum(score.amax(1), old).detach()  # it cancels: no gradient passes through it
-        weight = (score - largest[:, None]).exp() * held[..., None]
-        scale = (old - largest).exp() * inside[:, None]
-        mass = weight.sum(1) + scale * carried.mass
-        with torch.autocast(rows.device.type, enabled=False):  # as decode adds them
-            gathered = weight.mT @ value + scale[..., None] * carried.gathered
-        return _Sums(largest, mass, gathered), gate
+    def _gather(self, score: Tensor, value: Tensor, held: Tensor | None = None, past: _Sums | None = None) -> _Sums:
+        """The sums of each segment (..., tokens, slots or rank): of its tokens ``held`` (all), after what is ``past``."""
+        if held is not None:
+            score = score.masked_fill(~held[..., None], _FLOOR)
+        largest = score.amax(-2) if past is None else torch.maximum(score.amax(-2), past.largest)
+        largest = largest.detach()  # it cancels: no gradient passes through it
+        weight = (score - largest.unsqueeze(-2)).exp()
+        if held is not None:
+            weight = weight * held[..., None]
+        mass = weight.sum(-2)
+        with torch.autocast(score.device.type, enabled=False):  # as decode adds them
+            gathered = weight.mT @ value
+        if past is None:
+            return _Sums(largest, mass, gathered)
+        scale = (past.largest - largest).exp()
+        return _Sums(largest, mass + scale * past.mass, gathered + scale[..., None] * past.gathered)
 
     def _update(self, sums: _Sums, whole: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z (n, slots) and z candidate (n, slots, d_model); z = 0 for a segment that is not whole."""
@@ -259,6 +284,16 @@ class Workspace(Mixer):
             pick(sums.gathered, before.gathered, 0.0),
             before.position + lengths,
         )
+
+
+def _open_segments(before: WorkspaceState, blocks: AlignedBlocks, segment: int) -> _Sums:
+    """What the segments that go on had gathered; nothing for the others."""
+    inside = (blocks.first & (before.position[blocks.document] % segment > 0))[:, None]
+    return _Sums(
+        torch.where(inside, before.largest[blocks.document], _FLOOR),
+        torch.where(inside, before.mass[blocks.document], 0.0),
+        torch.where(inside[..., None], before.gathered[blocks.document], 0.0),
+    )
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
