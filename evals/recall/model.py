@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqmodels.mixers.base import Mixer
 from seqmodels.models.config import StackConfig
+from seqmodels.models.normalization import Identity
 from seqmodels.models.stack import Stack
 
 EMBEDDING_STD = 0.02
@@ -33,6 +34,8 @@ class LastReadout(nn.Module):
 class RecallModel(nn.Module):
     """logits = W norm(stack(dropout(W[tokens] + P))), with one matrix W for embedding and head.
 
+    The norm, like the head, is computed where a position is read and nowhere else (:meth:`read`).
+
     Args:
         config: the blocks; ``config.dropout`` is the embedding's too.
         vocab_size: token ids.
@@ -48,13 +51,16 @@ class RecallModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = None if max_length is None else nn.Parameter(torch.empty(max_length, config.d_model))
         self.stack = Stack(config)
+        self.norm = self.stack.norm
+        self.stack.norm = Identity()
         self.dropout = config.dropout
         for weight in (self.embedding.weight, self.positions):
             if weight is not None and not weight.is_meta:
                 nn.init.normal_(weight, std=EMBEDDING_STD)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(batch, length) ids to hidden vectors (batch, length, d_model), and the layers' losses and metrics."""
+        """(batch, length) ids to hidden vectors (batch, length, d_model) before the norm, and the layers' losses
+        and metrics."""
         h = F.embedding(tokens, self.embedding.weight)
         if self.positions is not None:
             h = h + self.positions[: tokens.shape[1]]
@@ -62,10 +68,11 @@ class RecallModel(nn.Module):
         return output.hidden, output.aux
 
     def read(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Hidden vectors at ``positions`` (batch, labels): (batch, labels, d_model); the head sees no others."""
+        """Norms of the hidden vectors at ``positions`` (batch, labels): (batch, labels, d_model); the head sees no
+        others."""
         if self.last is not None:
-            return self.last(hidden[:, -1], positions)
-        return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+            return self.last(self.norm(hidden[:, -1]), positions)
+        return self.norm(hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) to (..., vocab_size)."""

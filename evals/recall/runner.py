@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Any
@@ -27,7 +28,8 @@ def run(
         ValueError: before anything is trained, what a layer or a generator refuses.
     """
     check(cells)
-    cells = sorted(cells, key=lambda cell: cell.seed)  # one seed of everything before more seeds of anything
+    # The longest first, so that the last one does not keep a core alone for long; then one seed of everything.
+    cells = sorted(cells, key=lambda cell: (-(cell.training.seconds or math.inf), cell.seed))
     sweep = Sweep(
         COMMAND, results, jobs, display,
         write=lambda rows, cell, outcome: write_rows(rows, cell, Outcome(**outcome)),

@@ -30,7 +30,7 @@ from evals.recall.cell import Trainer, build_model
 from evals.recall.data import make
 from evals.recall.suites import Cell, grid_cells, load_suite
 from evals.results import Results
-from evals.sweep import ROOT
+from evals.sweep import KEEP_MEMORY, ROOT, thread_limits
 from seqmodels.backends import backend
 
 SUITE, TASK = "cpu", "mqar"
@@ -93,7 +93,7 @@ class _Worker:
     def __init__(self, cell: Cell, way: str, cores: set[int], threads: int) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "evals.recall.speed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+            cwd=ROOT, env={**(KEEP_MEMORY if way == "suite" else {}), **os.environ, **thread_limits(threads)},
         )  # fmt: skip
         self._say({"cell": msgspec.to_builtins(cell), "way": way, "cores": sorted(cores), "threads": threads})
         self.answer()
@@ -150,7 +150,7 @@ class _EagerLoop:
             for tokens, targets in self.loader:
                 self.optimizer.zero_grad()
                 hidden, _ = self.model(tokens)
-                loss = F.cross_entropy(self.model.logits(hidden).flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(self.model.logits(self.model.norm(hidden)).flatten(0, 1), targets.flatten())
                 loss.backward()
                 if self.plan.gradient_clip is not None:
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.gradient_clip)

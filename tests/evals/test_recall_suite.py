@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from evals import sweep
 from evals.recall import cell as cell_module
 from evals.recall import runner, speed
 from evals.recall.__main__ import main
@@ -24,8 +25,9 @@ from evals.recall.display import LiveTable
 from evals.recall.layers import Layer, LayerDefaults, load_layers
 from evals.recall.published import BASED_POINTS, SOURCES, ZOOLOGY_ACCURACY, published
 from evals.recall.report import write_report
-from evals.recall.suites import FOLDER, Cell, Suite, grid_cells, load_suite, suite_names
+from evals.recall.suites import FOLDER, TUNING_SEED, Cell, Suite, grid_cells, load_suite, suite_names
 from evals.recall.summary import collect, judge, summarise
+from evals.recall.tuning import tuning_cells
 from evals.results import Results, read
 from seqmodels.configuration import ConfigError, dump_yaml
 from seqmodels.mixers import MIXERS
@@ -226,7 +228,7 @@ def test_the_loss_is_that_of_all_logits(tmp_path):
     trainer = Trainer(msgspec.structs.replace(cell, train=sets, test=sets), lambda message: None)
     examples = make(cell, sets[0], "test", (0,))
     batch = resident(examples, "cpu")
-    logits = trainer.model.logits(trainer.model(batch.tokens)[0])
+    logits = trainer.model.logits(trainer.model.norm(trainer.model(batch.tokens)[0]))
     expected = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(examples.targets).long().flatten())
     assert trainer.loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -318,6 +320,21 @@ def test_test_sets_do_not_depend_on_the_seed(tmp_path):
     assert one == other
     one, other = (make(cells[at], cells[at].train[0], "train", (0, 0)).digest() for at in (0, 1))
     assert one != other
+
+
+def test_rates_are_tried_on_examples_that_no_suite_sees(tmp_path):
+    suite, cells = tiny(tmp_path)
+    tried = tuning_cells("tiny", suite, [1e-3, 1e-2])
+    assert [(cell.arm, cell.learning_rate, cell.seed) for cell in tried] == [
+        (arm, rate, TUNING_SEED) for arm in ("attention", "gated_conv") for rate in (1e-3, 1e-2)
+    ]
+    assert {(cell.suite, cell.control) for cell in tried} == {("tiny_rates", None)}
+    for split, data in (("train", cells[0].train[0]), ("test", cells[0].test[0])):
+        stream = (cell_module.TRAIN if split == "train" else cell_module.TEST, 0)
+        rows = [set(map(tuple, make(cell, data, split, stream).tokens.tolist())) for cell in (*cells[:2], tried[0])]
+        assert not rows[2] & (rows[0] | rows[1])
+    with pytest.raises(ValueError, match="learning rate 0"):
+        tuning_cells("tiny", suite, [0.0])
 
 
 class Oracle:
@@ -421,6 +438,32 @@ def test_a_sweep_runs_every_cell_once_and_keeps_what_finished(tmp_path, scripted
     assert len(runs) == 4
     assert started() == []
     assert usage.wall == 0
+
+
+def test_the_longest_cells_start_first(tmp_path, scripted):
+    started = scripted()
+    _, cells = tiny(tmp_path)
+    seconds = {"attention": 5.0, "gated_conv": 9.0}
+    cells = [
+        msgspec.structs.replace(cell, training=msgspec.structs.replace(cell.training, seconds=seconds[cell.arm]))
+        for cell in cells
+    ]
+    runner.run(cells, Results(tmp_path / "out", "recall"), 1, Silent())
+    assert started() == ["gated_conv/0", "gated_conv/1", "attention/0", "attention/1"]
+
+
+def test_a_cell_has_one_thread_and_keeps_its_memory(tmp_path, scripted, monkeypatch):
+    seen = tmp_path / "seen.json"
+    keys = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GLIBC_TUNABLES")
+    before = f"import os; open({str(seen)!r}, 'w').write(json.dumps([os.environ.get(key) for key in {keys}]))"
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    cells = tiny(tmp_path)[1][:1]
+    scripted(before)
+    runner.run(cells, Results(tmp_path / "one", "recall"), 1, Silent())
+    assert json.loads(seen.read_text()) == ["1", "1", sweep.KEEP_MEMORY["GLIBC_TUNABLES"]]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+    runner.run(cells, Results(tmp_path / "two", "recall"), 1, Silent())
+    assert json.loads(seen.read_text())[2] == "glibc.malloc.check=3"
 
 
 def test_each_slot_sees_one_of_the_gpus_given(monkeypatch):
