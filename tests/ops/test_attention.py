@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqmodels
 from seqmodels import BackendUnavailable, Layout
-from seqmodels.ops.attention import append_to_cache, attention, attention_step, flex
+from seqmodels.ops.attention import append_to_cache, attention, attention_step, flex, masked
 from seqmodels.ops.attention import flash as flash_path
 from seqmodels.ops.attention import op as attention_op
 from seqmodels.ops.attention import torch as blocked
@@ -327,7 +327,7 @@ def test_pinned_tokens_stay_visible(window: int, pinned: int, layout_name: str, 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("path", [*BACKENDS, "flex"])
+@pytest.mark.parametrize("path", [*BACKENDS, "flex", "masked"])
 @pytest.mark.parametrize(("window", "pinned", "capacity"), [(8, 3, 11), (1, 2, 3), (8, 30, 38), (40, 3, 41)])
 def test_pinned_slots_are_never_overwritten(
     monkeypatch: pytest.MonkeyPatch, window: int, pinned: int, capacity: int, path: str
@@ -345,8 +345,9 @@ def test_pinned_slots_are_never_overwritten(
     wraps, outputs, at = capacity == window + pinned, [], 0
     for count in (2, 1, 17, 13):
         piece = [tensor[:, at : at + count] for tensor in (q, k, v)]
-        if path == "flex":
-            y = flex.forward(*piece, *cache, None, window, 8**-0.5, False, pinned)
+        if path in ("flex", "masked"):
+            form = flex if path == "flex" else masked
+            y = form.forward(*piece, *cache, None, window, 8**-0.5, False, pinned)
         else:
             with seqmodels.backend(path):
                 y = attention(
@@ -410,6 +411,29 @@ def test_flex_masks(monkeypatch: pytest.MonkeyPatch, window: int | None, layout_
             )  # fmt: skip
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(blocks[0], needed[0])  # uncompiled, FlexAttention looks at pairs only
+
+
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_one_mask_of_all_scores(bidirectional: bool, window: int | None, layout_name: str) -> None:
+    """What a GPU falls back on: the dense definition, whatever stands in the padding."""
+    layout = LAYOUTS[layout_name]()
+    leaves = inputs()
+    expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window, bidirectional))
+    given = leaves
+    if layout is not None:
+        given = [torch.where(layout.valid[:, :, None, None], leaf, torch.nan) for leaf in leaves]
+    y = masked.forward(*given, None, None, None, layout, window, 8**-0.5, bidirectional)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(y, leaves), gradients(expected, leaves), rtol=1e-11, atol=1e-11)
+
+
+def test_what_flex_attention_refuses() -> None:
+    q = torch.zeros(1, 4, 2, 16)
+    assert flex.refusal(q) is None
+    assert "not float64" in str(flex.refusal(q.double()))
+    assert "at least 16; it is 8" in str(flex.refusal(q[..., :8]))
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 300])
@@ -478,9 +502,10 @@ def test_flash_call(monkeypatch: pytest.MonkeyPatch, bidirectional: bool, window
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gpu_matches_the_definition(bidirectional: bool, window: int | None, layout_name: str) -> None:
+@pytest.mark.parametrize("head_dim", [32, 8])
+def test_gpu_matches_the_definition(bidirectional: bool, window: int | None, layout_name: str, head_dim: int) -> None:
     layout = LAYOUTS[layout_name]()
-    leaves = inputs(head_dim=32)
+    leaves = inputs(head_dim=head_dim)
     expected = dense(*leaves, visible_pairs(layout, 3, LENGTH, window, bidirectional))
     on_gpu = [leaf.detach().float().cuda().requires_grad_() for leaf in leaves]
     on_device = None if layout is None else layout.to("cuda")

@@ -1,13 +1,6 @@
 """Softmax attention by FlexAttention on a GPU: documents, windows and caches in one masked call.
 
-The whole batch is one sequence. Keys are [all caches, padding to a block edge, all new tokens],
-and each token carries a document number and an absolute position in it, from the layout and the
-state, on the device. A key is visible where the documents agree and
-
-    key position <= query position < key position + window, or key position < pinned and <= query position,
-
-or, for bidirectional attention, where the positions differ by less than the window.
-
+The whole batch is one sequence of queries and one of keys (:mod:`seqmodels.ops.attention.sequence`).
 Blocks of 128 x 128 that cannot hold a visible pair are skipped; which ones is found from the
 documents' ranges and the order of the grid, never from a length x length mask.
 """
@@ -22,9 +15,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from seqmodels.layout import Layout
-from seqmodels.ops.attention.cache import held_positions
+from seqmodels.ops.attention.sequence import one_sequence, visible
 
 BLOCK = 128
+_NARROWEST = 16  # PyTorch's kernels multiply tiles of at least this width
+
+
+def refusal(q: Tensor) -> str | None:
+    """Why FlexAttention cannot take these tensors, or None."""
+    if q.dtype == torch.float64:
+        return "FlexAttention computes in float32, bfloat16 and float16, not float64"
+    if q.shape[-1] < _NARROWEST:
+        return f"FlexAttention needs a head_dim of at least {_NARROWEST}; it is {q.shape[-1]}"
+    return None
 
 
 @functools.cache
@@ -46,30 +49,12 @@ def forward(
     bidirectional: bool,
     pinned: int = 0,
 ) -> Tensor:
-    query_document, query_position = _tokens(q, position, layout)
-    key_document, key_position = torch.where(query_document < 0, -2, query_document), query_position
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
-    cached = 0
-    if key_cache is not None and value_cache is not None and position is not None:
-        slot_document, slot_position = _slots(key_cache, position, pinned)
-        cached = slot_document.shape[0]
-        key_document, key_position = torch.cat([slot_document, key_document]), torch.cat([slot_position, key_position])
-        keys, values = (
-            torch.cat([_padded(cache.transpose(1, 2).flatten(0, 1).to(new.dtype), cached), new])
-            for cache, new in ((key_cache, keys), (value_cache, values))
-        )
+    one = one_sequence(q, k, v, key_cache, value_cache, position, layout, pinned, edge=BLOCK)
+    query_document, query_position, key_document, key_position, keys, values, cached = one
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = query_position[query] - key_position[key]
-        result = query_document[query] == key_document[key]
-        if bidirectional:
-            distance = distance.abs()
-        else:
-            result = result & (distance >= 0)
-        if window is None:
-            return result
-        near = distance < window
-        return result & (near | (key_position[key] < pinned) if pinned else near)
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = query_document[query] == key_document[key]
+        return visible(same, query_position[query], key_position[key], window, bidirectional, pinned)
 
     needed = needed_blocks(
         query_document, key_document, cached, window, bidirectional, key_position < pinned if pinned else None
@@ -80,7 +65,7 @@ def forward(
         count[None, None],
         order[None, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
+        mask_mod=seen,
         seq_lengths=(query_document.shape[0], key_document.shape[0]),
     )
     run = flex_attention if torch.compiler.is_compiling() else _compiled()
@@ -140,27 +125,3 @@ def _document_ranges(document: Tensor) -> tuple[Tensor, Tensor]:
 def _in_blocks(values: Tensor, fill: int | bool) -> Tensor:
     """(blocks, BLOCK), the last block filled up."""
     return torch.nn.functional.pad(values, (0, -values.shape[0] % BLOCK), value=fill).view(-1, BLOCK)
-
-
-def _tokens(q: Tensor, position: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor]:
-    """Document and absolute position of each token of the grid, flat; document -1 for padding."""
-    if layout is None:
-        token = torch.arange(q.shape[0] * q.shape[1], device=q.device)
-        document, index = token // q.shape[1], token % q.shape[1]
-    else:
-        document, index = layout.document.flatten(), layout.position.flatten()
-    return document, index if position is None else index + position[document.clamp(min=0)]
-
-
-def _slots(cache: Tensor, position: Tensor, pinned: int) -> tuple[Tensor, Tensor]:
-    """Document and position of each cached key, padded to a block; document -2 for empty slots."""
-    documents, capacity = cache.shape[0], cache.shape[2]
-    token = held_positions(position, capacity, pinned).flatten()
-    document = torch.arange(documents * capacity, device=cache.device) // capacity
-    document = torch.where(token < 0, -2, document)
-    padding = -document.shape[0] % BLOCK
-    return torch.nn.functional.pad(document, (0, padding), value=-2), torch.nn.functional.pad(token, (0, padding))
-
-
-def _padded(tokens: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, count - tokens.shape[0]))

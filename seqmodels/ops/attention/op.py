@@ -47,10 +47,12 @@ def attention(
     h of H reads key head h * G // H. flash-attn's window (a, 0) is ``window = a + 1`` here.
     With ``bidirectional`` the sum is over |i - j| < window, 2 window - 1 keys: flash-attn's (a, a).
 
-    Memory is linear in the length on every path but ``reference``. On the CPU documents and windows
-    go by blocks through PyTorch's CPU flash attention, which is also what backend "cpu" means here.
+    Memory is linear in the length on every path but ``reference`` and the last one named here. On the
+    CPU documents and windows go by blocks through PyTorch's CPU flash attention, which is also what
+    backend "cpu" means here.
     On a GPU: PyTorch's attention for the dense case, flash-attn (backend "cuda") where it is
-    installed, else FlexAttention (backend "triton").
+    installed, else FlexAttention (backend "triton"). Neither takes float64 or heads below 16 wide; these,
+    and backend "torch" there, go under one mask of all scores, whose memory grows with the square.
 
     Args:
         q: (batch, length, H, head_dim). k, v: (batch, length, G, head_dim); G divides H.
@@ -93,7 +95,7 @@ def attention(
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return y.transpose(1, 2)
-    if q.device.type == "cuda" and backend in ("auto", "cuda", "triton"):
+    if q.device.type == "cuda" and backend != "reference":
         return _on_gpu(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, pinned, backend)
     if backend in ("cuda", "triton"):
         raise backends.BackendUnavailable(
@@ -158,23 +160,26 @@ def _on_gpu(
     pinned: int,
     backend: str,
 ) -> Tensor:
-    from seqmodels.ops.attention import flash
+    from seqmodels.ops.attention import flash, flex, masked
 
-    refusal = (
+    rest = (key_cache, value_cache, position, layout, window, scale, bidirectional, pinned)
+    flash_refusal = (
         flash.refusal(q, key_cache, pinned) if _HAS_FLASH else "flash-attn is not installed; pip install flash-attn"
     )
-    if refusal is None and backend != "triton":
+    flex_refusal = flex.refusal(q) if _HAS_TRITON else "Triton is not installed; pip install 'triton>=3.6'"
+    if backend == "cpu":
+        flash_refusal = flex_refusal = f"q is on {q.device.type!r}"
+    if flash_refusal is None and backend in ("auto", "cuda"):
         return flash.forward(q, k, v, layout, window, scale, bidirectional)
-    if backend == "cuda":
-        raise backends.BackendUnavailable(f"attention: backend 'cuda' was asked for, but {refusal}")
-    if not _HAS_TRITON:
-        raise backends.BackendUnavailable(
-            "attention: documents, windows and caches on a GPU need Triton (pip install 'triton>=3.6'); "
-            f"flash-attn was not taken: {refusal}"
-        )
-    from seqmodels.ops.attention import flex
-
-    return flex.forward(q, k, v, key_cache, value_cache, position, layout, window, scale, bidirectional, pinned)
+    if flex_refusal is None and backend in ("auto", "triton"):
+        return flex.forward(q, k, v, *rest)
+    if backend in ("cuda", "triton", "cpu"):
+        reason = flash_refusal if backend == "cuda" else flex_refusal
+        raise backends.BackendUnavailable(f"attention: backend {backend!r} was asked for, but {reason}")
+    if backend == "auto" and not torch.compiler.is_compiling():
+        reasons = (f"not 'cuda': {flash_refusal}", f"not 'triton': {flex_refusal}")
+        backends.announce("attention", "cuda", "torch", reasons)
+    return masked.forward(q, k, v, *rest)
 
 
 def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, dims: int, window: int | None, scale: float | None) -> float:
