@@ -1,8 +1,8 @@
 """The grouped linear map: one matrix product a group on the CPU, PyTorch's grouped product on a GPU.
 
 On the CPU the ends are read and each group is a dense product on a slice, at the dense rate.
-``torch.nn.functional.grouped_mm`` keeps them on the device; it takes no float64, which goes by
-slices there too (and so waits for the device).
+``torch.nn.functional.grouped_mm`` keeps them on the device. It takes bfloat16 with rows of a multiple of
+16 bytes; everything else goes by slices on a GPU too, and so waits for the device.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 
-def _by_slices(x: Tensor) -> bool:
-    grouped = getattr(torch.nn.functional, "grouped_mm", None)
-    return x.device.type != "cuda" or x.dtype == torch.float64 or grouped is None
+def _by_slices(x: Tensor, weight: Tensor) -> bool:
+    aligned = all(width % 8 == 0 for width in weight.shape[1:])
+    return x.device.type != "cuda" or x.dtype != torch.bfloat16 or not aligned
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -27,7 +27,8 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if not _by_slices(x):
+    if not _by_slices(x, weight):
+        x, weight = x.contiguous(), weight.contiguous()
         y = torch.nn.functional.grouped_mm(x, weight.mT, offs=ends)
         used = torch.arange(x.shape[0], device=x.device) < ends[-1]  # the product leaves the rows behind unwritten
         return torch.where(used[:, None], y, 0)
@@ -39,7 +40,8 @@ def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    if not _by_slices(x):
+    if not _by_slices(x, weight):
+        grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
         used = (torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None]
         grad_x = torch.nn.functional.grouped_mm(grad, weight, offs=ends)
         grad_weight = torch.nn.functional.grouped_mm(grad.mT, x, offs=ends)
