@@ -141,15 +141,15 @@ class Operator:
     # ---- kernels
 
     def _forward(self, *args: Any) -> Any:
-        with _without_autocast(args):
+        with _without_autocast(args), _on_device(args):
             return self.resolve(args[-1], args[:-1]).forward(*args[:-1])
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         *values, backend = args
         num_grads = self.outputs - self.residuals
         grads, inputs = values[:num_grads], values[num_grads : len(values) - self.kept]
-        module = self.resolve(backend, inputs)
-        with _without_autocast(inputs):
+        with _without_autocast(inputs), _on_device(inputs):
+            module = self.resolve(backend, inputs)
             if hasattr(module, "backward"):
                 # Contiguous, as the fake backward promises: compiled code reads the strides it was told.
                 return tuple(gradient.contiguous() for gradient in module.backward(*values))
@@ -283,6 +283,14 @@ def _without_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[
     device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _on_device(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensors' GPU the current one: kernels are launched on that, whatever their pointers say."""
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
     return contextlib.nullcontext()
 
 
