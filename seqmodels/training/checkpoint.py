@@ -6,6 +6,7 @@ A checkpoint is a folder ``step_00000100`` of safetensors and JSON (nothing is p
     optimizer.safetensors   AdamW's moments and step counts by parameter name
     rng.safetensors         random generators, one entry a process
     config.yaml             the run's configuration
+    carried_0.safetensors   states that rows go on from, one file a process; where some are carried
     trainer.json            step, data position, sizes of the files above
 
 It is written under a temporary name, flushed to the disk, and renamed; it is renamed again
@@ -50,6 +51,7 @@ class Checkpoint(NamedTuple):
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     trainer: dict[str, Any]
+    carried: dict[str, Tensor] = {}  # noqa: RUF012 - the default is never written; all processes' when loaded
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -105,6 +107,7 @@ def save_checkpoint(
         here.on_main(start)
         _write_tensors(checkpoint.model, temporary, "model", here)
         _write_tensors(checkpoint.optimizer, temporary, "optimizer", here)
+        here.together(lambda: _write_carried(checkpoint.carried, temporary / f"carried_{here.rank}.safetensors"))
         here.on_main(finish)
     except (OSError, SafetensorError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +141,10 @@ def load_checkpoint(path: Path, model: Mapping[str, Tensor], here: Processes) ->
     generators = read_tensors(path / "rng.safetensors")
     prefix = f"{here.rank}."
     rng = {name.removeprefix(prefix): tensor for name, tensor in generators.items() if name.startswith(prefix)}
-    return Checkpoint(restored, optimizer, rng, trainer)
+    carried: dict[str, Tensor] = {}
+    for file in sorted(path.glob("carried_*.safetensors")):
+        carried |= read_tensors(file)
+    return Checkpoint(restored, optimizer, rng, trainer, carried)
 
 
 def check_files(path: Path) -> dict[str, Any]:
@@ -175,6 +181,11 @@ def mismatches(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> lis
         if name in found and found[name].shape != wanted[name].shape:
             lines.append(f"{name} is {tuple(found[name].shape)}; this model has {tuple(wanted[name].shape)}")
     return lines
+
+
+def _write_carried(tensors: dict[str, Tensor], path: Path) -> None:
+    if tensors:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, here: Processes) -> None:

@@ -12,6 +12,7 @@ from seqmodels.configuration import ConfigError, apply_overrides, convert, load_
 from seqmodels.models.config import ModelConfig, write_out
 from seqmodels.training.curriculum_config import CurriculumConfig, check_curriculum
 from seqmodels.training.prefix import PrefixConfig, check_prefix
+from seqmodels.training.reading import reading_plan
 
 Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -85,8 +86,14 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         prefix: weights and masks of the prefix objective; a model of that objective only.
         curriculum: stages in which parts of the model are switched on (:mod:`seqmodels.training.curriculum_config`).
         steps: optimiser steps.
-        batch_size: rows a step, over all processes and micro-batches.
+        batch_size: rows of ``data.sequence_length`` tokens a step, over all processes and micro-batches.
         accumulation: micro-batches a step on each process; they are averaged.
+        carry_state: each row goes on where the same row of the step before ended: documents that cross the edge take
+            their state along, without its gradient. Rows are then contiguous stretches of the text
+            (:mod:`seqmodels.training.reading`).
+        backpropagation_windows: a row is so many windows of ``sequence_length`` tokens, and gradients flow through all
+            of them; activations of one window at a time are kept, for one more forward of the others. A step
+            still reads ``batch_size`` x ``data.sequence_length`` tokens, in fewer rows.
         precision: ``bfloat16`` runs the forward under autocast; parameters stay float32.
         parallel: what torchrun's processes do: ``ddp`` copies the model, ``fsdp`` shards it.
         compile: run the objective through torch.compile.
@@ -105,6 +112,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     steps: Positive = 1000
     batch_size: Positive = 16
     accumulation: Positive = 1
+    carry_state: bool = False
+    backpropagation_windows: Positive = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
@@ -144,6 +153,12 @@ def convert_train_config(data: dict[str, Any]) -> TrainConfig:
             f"batch_size={config.batch_size} is not divisible by accumulation={config.accumulation}; "
             "every micro-batch must have the same number of rows"
         )
+    for span in reading_plan(config):
+        if span.rows % config.accumulation:
+            raise ConfigError(
+                f"{span.where}: a step has {span.rows} rows of {span.row_length} tokens, which accumulation="
+                f"{config.accumulation} does not divide; raise batch_size, or lower accumulation"
+            )
     if config.schedule.warmup_steps > config.steps:
         raise ConfigError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is more than steps={config.steps}; lower it"

@@ -45,7 +45,11 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Attributes:
         name: for the log.
-        share: of the run's steps, and so of its tokens. All stages together are 1.
+        share: of the run's tokens, and so of its steps: every step reads the same number of tokens. All stages
+            together are 1.
+        sequence_length: tokens of a row (of a window of it) in this stage; ``data.sequence_length`` when absent. A step
+            then has fewer or more rows.
+        carry_state, backpropagation_windows: of this stage; the run's when absent.
         activates: parts (words of the model's pattern) that run from here on. A part that some stage activates does
             not run before: it adds exactly 0 and its weights do not move. Other parts always run.
         dense: parts of experts of which, in this stage, expert 0 alone runs, on every token.
@@ -58,6 +62,9 @@ class StageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     name: str
     share: Annotated[float, Meta(gt=0, le=1)]
+    sequence_length: Positive | None = None
+    carry_state: bool | None = None
+    backpropagation_windows: Positive | None = None
     activates: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     copy_expert: dict[str, Annotated[float, Meta(ge=0)]] = {}

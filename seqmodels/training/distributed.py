@@ -47,6 +47,15 @@ class Processes:
                 error = caught
         self.raise_together(error)
 
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs ``action`` on every process and waits for the others; all raise when one fails."""
+        error: BaseException | None = None
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+        self.raise_together(error)
+
     def raise_together(self, error: BaseException | None) -> None:
         """Every process raises when one has an ``error``, so that none waits for it for ever."""
         if self.world_size > 1:

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from seqmodels.configuration import ConfigError, dump_yaml
+from seqmodels.configuration import dump_yaml
 from seqmodels.mixers.base import Mixer
 from seqmodels.models import LanguageModel
 from seqmodels.tasks.text import PackedText, TextBatch
@@ -41,7 +41,8 @@ from seqmodels.training.divergence import (
     first_non_finite_output,
     non_finite_gradients,
 )
-from seqmodels.training.objective import make_objective
+from seqmodels.training.feed import Feed, micro_batch_rows
+from seqmodels.training.objective import ObjectiveOutput, buffers_kept, make_objective, state_template
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
@@ -49,7 +50,7 @@ from seqmodels.training.optimizer import (
     set_learning_rate,
 )
 from seqmodels.training.plot import plot_losses
-from seqmodels.training.prefix import PrefixMasking
+from seqmodels.training.reading import reading_plan
 from seqmodels.training.run_folder import RunFolder
 from seqmodels.training.schedule import learning_rate_factor
 
@@ -89,18 +90,17 @@ class Trainer:
     ) -> None:
         self.config = config
         self.here = here
-        self.rows = _rows_per_micro_batch(config, here.world_size)
+        for span in reading_plan(config):
+            micro_batch_rows(config, span, here.world_size)  # refused before text is read
         # The main process tokenises; the others then find the cache.
         here.on_main(self._load_text)
         self.data = self._load_text()
-        self.masking = None
-        if config.model.objective == "prefix":
-            self.masking = PrefixMasking(config.prefix, config.model, self.data.tokenizer, config.seed)
-        self.run = self._open_run(folder, resume)
-
+        self.feed = Feed(config, self.data, here)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(config.model).to(here.device)
-        objective = make_objective(self.model, self.masking)
+        self._template = state_template(self.model) if self.feed.longest is not None else None
+        self.run = self._open_run(folder, resume)
+        objective = make_objective(self.model, self.feed.masking, self.feed.longest)
         self.parts = objective.parts
         if config.compile:
             objective.compile()
@@ -119,6 +119,7 @@ class Trainer:
         self.step = 0
         self._loss_sum, self._loss_count = [0.0] * len(self.parts), 0  # since the last metric row
         self._aux: dict[str, float] = {}  # the layers' losses and metrics in the last step
+        self._carried_share = 0.0
         latest = self.run.latest() if resume else None
         if latest is not None:
             self._restore(latest)
@@ -136,6 +137,7 @@ class Trainer:
                 factor = learning_rate_factor(config.schedule, self.step, config.steps)
                 if self.curriculum:
                     self.curriculum.begin(self.step)
+                self.feed.begin(self.step)
                 losses, gradient_norm = self._take_step(factor)
                 self._loss_sum = [total + loss for total, loss in zip(self._loss_sum, losses, strict=True)]
                 self._loss_count += 1
@@ -159,14 +161,16 @@ class Trainer:
     def _take_step(self, factor: float) -> tuple[list[float], float]:
         config = self.config
         self.objective.train()
-        batches = [self._batch(index) for index in range(config.accumulation)]
-        mean, aux = torch.zeros((), device=self.here.device), {}
+        batches = self.feed.batches()
+        mean, aux, states = torch.zeros((), device=self.here.device), {}, []
         for index, batch in enumerate(batches):
             with gradient_exchange(self.objective, last=index == config.accumulation - 1):
-                loss, parts, aux = self._forward(batch, self.data.train)
-                (loss / config.accumulation).backward()
+                loss, parts, aux, state = self._forward(self.feed.arguments(batch, index))
+                with buffers_kept(self.model, config.model.activation_checkpointing or self.feed.recomputes):
+                    (loss / config.accumulation).backward()
             numbers = torch.cat([parts, *(value.reshape(1) for value in aux.values())]).detach()
             mean = mean + numbers / config.accumulation
+            states.append(state)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -184,31 +188,17 @@ class Trainer:
         self.optimizer.zero_grad()
         for layer in self._layers:
             layer.after_optimizer_step()
+        self._carried_share = self.feed.carried_share(batches)
+        self.feed.keep(states)
         self.step += 1
         return losses, norm_value
 
     def _load_text(self) -> TextData:
         return load_text(self.config.data, seed=self.config.seed, vocab_size=self.config.model.vocab_size)
 
-    def _batch(self, index: int) -> TextBatch:
-        """Micro-batch ``index`` of the current step on this process."""
-        place = index * self.here.world_size + self.here.rank
-        return self._rows(self.data.train, self.step * self.config.batch_size + place * self.rows, self.rows)
-
-    def _rows(self, data: PackedText, first: int, count: int) -> TextBatch:
-        """Rows of ``data`` with the positions that the prefix objective masks in them."""
-        if self.masking is None:
-            return data.batch(first, count)
-        return self.masking.batch(data, first, count, validation=data is self.data.validation)
-
-    def _forward(self, batch: TextBatch, data: PackedText) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        device = self.here.device
-        # One capacity for all batches, so that a compiled objective is compiled once.
-        capacity = data.document_capacity(self.rows) if self.config.compile else None
-        layout = batch.layout(capacity).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            masked = None if batch.masked is None else batch.masked.to(device)
-            return self.objective(batch.tokens.to(device), batch.targets.to(device), layout, masked)
+    def _forward(self, arguments: tuple[Any, ...]) -> ObjectiveOutput:
+        with torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.objective(*arguments)
 
     def _log(self, factor: float, gradient_norm: float, steps_per_second: float) -> None:
         means = {name: total / self._loss_count for name, total in zip(self.parts, self._loss_sum, strict=True)}
@@ -222,8 +212,17 @@ class Trainer:
             tokens=self.step * tokens_per_step,
             tokens_per_second=steps_per_second * tokens_per_step,
             **({"layers": self._aux} if self._aux else {}),
+            **self._reading(),
             **self._stage(),
         )
+
+    def _reading(self) -> dict[str, Any]:
+        """How the last step read the text, where that is not the same in all steps."""
+        if self.feed.reader.plain:
+            return {}
+        span = self.feed.reader.span(self.step - 1)
+        reading = {"sequence_length": span.sequence_length, "windows": span.windows, "rows": span.rows}
+        return reading | ({"carried_share": self._carried_share} if span.carry else {})
 
     def _stage(self) -> dict[str, Any]:
         """The curriculum's stage of the last step, and the gates by part."""
@@ -236,13 +235,10 @@ class Trainer:
     def _validate(self, data: PackedText) -> None:
         """Mean loss over a fixed sample of held-out rows, the same at every validation."""
         self.objective.eval()
-        rows = max(1, min(self.config.validation_rows, data.rows_per_epoch) // self.here.world_size)
         total = torch.zeros(len(self.parts), device=self.here.device)
-        for begin in range(0, rows, self.rows):
-            count = min(self.rows, rows - begin)
-            _, parts, _ = self._forward(self._rows(data, self.here.rank * rows + begin, count), data)
-            total += parts * count
-        losses = self.here.mean(total / rows).tolist()
+        for count, arguments in self.feed.validation(data):
+            total += self._forward(arguments).parts * count
+        losses = self.here.mean(total / self.feed.validation_rows(data)).tolist()
         means = {f"validation_{name}": loss for name, loss in zip(self.parts, losses, strict=True)}
         self._write(**means, validation_bits_per_byte=losses[0] / math.log(2) / data.bytes_per_token)
 
@@ -257,9 +253,10 @@ class Trainer:
             model=self._weights(),
             optimizer=optimizer_tensors(self.model, self.optimizer),
             rng=generator_states(self.here.device),
+            carried=self.feed.state_tensors(),
             trainer={
                 "step": self.step,
-                "rows": self.step * self.config.batch_size,
+                "rows": self.feed.reader.number(self.step),
                 "corpus": self.data.digest,
                 "world_size": self.here.world_size,
                 "loss_sum": self._loss_sum,
@@ -294,6 +291,7 @@ class Trainer:
         restore_generators(checkpoint.rng, self.here.device)
         self.step = checkpoint.trainer["step"]
         self._loss_sum, self._loss_count = checkpoint.trainer["loss_sum"], checkpoint.trainer["loss_count"]
+        self.feed.load_states(checkpoint.carried, self._template)
 
     def _weights(self) -> dict[str, Tensor]:
         """The state dict without the second name of a shared tensor."""
@@ -327,15 +325,5 @@ class Trainer:
         )
 
     def _replay(self, batches: list[TextBatch]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield self._forward(batch, self.data.train)[0]
-
-
-def _rows_per_micro_batch(config: TrainConfig, world_size: int) -> int:
-    parts = world_size * config.accumulation
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is not divisible by {world_size} processes x accumulation="
-            f"{config.accumulation}; the nearest that is: {max(1, round(config.batch_size / parts)) * parts}"
-        )
-    return config.batch_size // parts
+        for index, batch in enumerate(batches):
+            yield self._forward(self.feed.arguments(batch, index)).loss

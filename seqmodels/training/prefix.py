@@ -10,7 +10,7 @@ from msgspec import Meta
 from seqmodels.configuration import ConfigError
 from seqmodels.models.config import ModelConfig
 from seqmodels.tasks.masked_prefix import masked_positions
-from seqmodels.tasks.text import PackedText, TextBatch
+from seqmodels.tasks.text import TextBatch
 from seqmodels.tasks.tokenizer import Tokenizer
 
 _STREAM = 2  # of masked positions, beside those of documents and rows
@@ -51,13 +51,13 @@ class PrefixMasking:
                 f"{tokenizer.vocab_size + 1}) or set prefix.mask_id to an id that the text does not have"
             )
 
-    def batch(self, data: PackedText, first: int, count: int, *, validation: bool) -> TextBatch:
-        """Rows ``first`` to ``first + count - 1`` of ``data`` with the positions masked in them."""
+    def masked(self, batch: TextBatch, first: int, *, validation: bool) -> TextBatch:
+        """``batch``, whose rows have the numbers ``first`` on, with the positions masked in them."""
         masked = masked_positions(
-            first, count, self.length, self.config.mask_probability,
+            first, batch.tokens.shape[0], self.length, self.config.mask_probability,
             seed=self.seed, stream=(_STREAM, int(validation)),
         )  # fmt: skip
-        return data.batch(first, count)._replace(masked=masked)
+        return batch._replace(masked=masked)
 
 
 def check_prefix(config: PrefixConfig | None, model: ModelConfig, sequence_length: int) -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from training_cases import tiny_config
 
 from seqmodels.configuration import ConfigError
-from seqmodels.training.loop import _rows_per_micro_batch, train
+from seqmodels.training.feed import micro_batch_rows
+from seqmodels.training.loop import train
+from seqmodels.training.reading import reading_plan
 
 HERE = Path(__file__).parent
 
@@ -96,5 +98,6 @@ def test_an_error_of_one_process_reaches_all(runs):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    config = tiny_config(tmp_path)
     with pytest.raises(ConfigError, match=r"batch_size=4 is not divisible by 3 processes x accumulation=1"):
-        _rows_per_micro_batch(tiny_config(tmp_path), 3)
+        micro_batch_rows(config, reading_plan(config)[0], 3)

@@ -62,12 +62,12 @@ def test_rows_keep_their_masks_however_they_are_cut_into_batches(tmp_path):
     data = load_text(run.data, seed=run.seed, vocab_size=257)
     masking = PrefixMasking(None, run.model, data.tokenizer, seed=run.seed)
     assert masking.mask_id == 256
-    batch = masking.batch(data.train, 3, 4, validation=False)
-    part = masking.batch(data.train, 4, 2, validation=False)
+    batch = masking.masked(data.train.batch(3, 4), 3, validation=False)
+    part = masking.masked(data.train.batch(4, 2), 4, validation=False)
     assert batch.masked.shape == (4, 16)
     assert torch.equal(batch.masked[1:3], part.masked)
     assert torch.equal(batch.tokens[1:3], part.tokens)
-    assert not torch.equal(batch.masked, masking.batch(data.train, 3, 4, validation=True).masked)
+    assert not torch.equal(batch.masked, masking.masked(data.train.batch(3, 4), 3, validation=True).masked)
 
 
 @pytest.mark.slow
