@@ -36,9 +36,9 @@ def command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from seqmodels.evaluation.associative_recall import count_bigrams, evaluate_hits
+    from seqmodels.evaluation.associative_recall import count_bigrams, evaluate_hits, read_result
     from seqmodels.evaluation.text_model import open_text_model
-    from seqmodels.tasks.associative_recall_hits import Slice, gap_share, slice_order
+    from seqmodels.tasks.associative_recall_hits import gap_share, slice_order
     from seqmodels.tasks.bigrams import BigramCounter
     from seqmodels.tasks.corpus import open_corpus
 
@@ -51,7 +51,10 @@ def command(
     if counted is not None and corpus is not None:
         counted.check_origin({"corpus": corpus.fingerprint})
     scored = open_corpus(data, suffixes=tuple(suffixes or ()))
-    other = None if beside is None else json.loads(beside.read_text(encoding="utf-8"))
+    other = None if beside is None else read_result(beside)
+    for path in (out, table):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # found out before hours of counting
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         bar = progress.add_task("pairs", total=None)
@@ -68,10 +71,8 @@ def command(
             progress=lambda done: progress.update(bar, description=f"{done:,} contexts scored"),
         )  # fmt: skip
     result = {"model": opened.name, "identity": opened.identity, "data": data, "window": window, **score.as_json()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if other is not None and other["digest"] != score.digest:
-        raise ValueError(f"{beside} was scored on other text, with another tokenizer, window or table of counts")
+    same = other is not None and other.digest == score.digest
     for definition, slices in score.slices.items():
         shown = Table("tokens of", "number", "share", "perplexity", title=f"{definition}: {opened.name}")
         for name in slice_order(slices):
@@ -79,11 +80,15 @@ def command(
             share = f"{100 * part.tokens / slices['all'].tokens:.1f} %" if slices["all"].tokens else ""
             shown.add_row(name, f"{part.tokens:,}", share, "" if part.perplexity is None else f"{part.perplexity:.3f}")
         Console().print(shown)
-        if other is not None:
-            theirs = {name: Slice(part["tokens"], part["nats"]) for name, part in other["slices"][definition].items()}
-            share = gap_share(slices, theirs)
+        if other is not None and same:
+            share = gap_share(slices, other.slices[definition])
             if share is not None:
-                print(f"{100 * share:.0f} % of the gap to {other['model']} lies on hits")
+                print(f"{100 * share:.0f} % of the gap to {other.model} lies on hits")
     exact = "exact" if not score.count_error else f"too small by at most {score.count_error}"
     print(f"counts of {counted.pairs:,} training pairs are {exact}")
     print(f"wrote {out}")
+    if other is not None and not same:
+        raise ValueError(
+            f"--beside {beside} was scored on other text, with another tokenizer, window or table of counts: there is "
+            f"no gap to show; score {other.model} again with the --data, --window and --table of {out}"
+        )

@@ -13,9 +13,7 @@ UNCUT = "none"
 def command(
     model: Annotated[str, typer.Argument(help="a run folder, a saved model, or hf:NAME")],
     out: Annotated[Path, typer.Option(help="folder of the answers; finished ones in it are kept")],
-    task: Annotated[
-        list[str] | None, typer.Option(help="fda, swde, squad, nq, triviaqa, drop; all if absent")
-    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="fda, swde, squad, nq, triviaqa, drop; all if absent")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="folder with TASK.jsonl or TASK/ of save_to_disk; the hub if absent"),
@@ -39,7 +37,7 @@ def command(
     from rich.table import Table
 
     from seqmodels.evaluation.real_text import evaluate_recall
-    from seqmodels.evaluation.text_model import open_text_model
+    from seqmodels.evaluation.text_model import check_model_name, open_text_model
     from seqmodels.tasks.real_text import LAYOUTS, TASKS, load_examples, task_named
 
     if layout not in (*LAYOUTS, "both"):
@@ -50,6 +48,7 @@ def command(
     for name in names:
         task_named(name)
     bound = None if limit == UNCUT else int(limit)
+    check_model_name(model)  # before a hub that may be slow, and data before weights, which may be large
     found = {name: load_examples(name, data, nq_size=nq_size)[:examples] for name in names}
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
     table = Table("task", "layout", "correct", "of", "accuracy in %", "dropped", title=f"{opened.name}, limit {limit}")

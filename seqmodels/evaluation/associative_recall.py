@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from seqmodels.tasks.corpus import CorpusError, Document
 
 _SAMPLE = "The quick brown fox, née Ünïcode, jumped 1,250 times over\n\tlazy_dogs(); -- naïve 北京 🦊 don't"
 GROUP = 64  # contexts between two lines of progress
+PART = 1 << 22  # bytes of a document that are encoded at a time
 
 
 class HitScore(NamedTuple):
@@ -41,11 +45,54 @@ class HitScore(NamedTuple):
         }
 
 
-def token_stream(model: TextModel, documents: Iterable[Document]) -> Iterator[np.ndarray]:
-    """Each document's tokens, the model's prefix token before them where it has one."""
+class HitResult(NamedTuple):
+    """What a file of ``seqmodels ar-hits`` says of another model."""
+
+    model: str
+    digest: str
+    slices: dict[str, dict[str, Slice]]
+
+
+def read_result(path: Path) -> HitResult:
+    """A file of ``seqmodels ar-hits``; ValueError for any other."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        slices = {
+            definition: {
+                name: Slice(part["tokens"], part["nats"]) for name, part in found["slices"][definition].items()
+            }
+            for definition in DEFINITIONS
+        }
+        return HitResult(found["model"], found["digest"], slices)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected a result of seqmodels ar-hits") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of seqmodels ar-hits ({type(error).__name__}: {error})") from error
+
+
+def token_parts(model: TextModel, document: Document) -> Iterator[np.ndarray]:
+    """A document's tokens in order, the model's prefix token before them where it has one.
+
+    Token ids of a long text take many times its bytes, so it is encoded in parts of at most :data:`PART` bytes, cut
+    behind line ends where there are any. A tokenizer that looks beyond a line may split otherwise there.
+    """
     front = [] if model.prefix_token is None else [model.prefix_token]
-    for document in documents:
-        yield np.array([*front, *model.encode(document.content.decode("utf-8", "replace"))], np.int64)
+    for text in _texts(document.content):
+        yield np.array([*front, *model.encode(text.decode("utf-8", "replace"))], np.int64)
+        front = []
+
+
+def _texts(content: bytes) -> Iterator[bytes]:
+    begin = 0
+    while begin < len(content):
+        end = min(len(content), begin + PART)
+        if end < len(content):
+            line = content.rfind(b"\n", begin, end) + 1
+            # Without a line end at least not inside a character, of which UTF-8 continues at most three bytes.
+            starts = (place for place in range(end, max(begin, end - 4), -1) if content[place] & 0xC0 != 0x80)
+            end = line or next(starts, end)
+        yield content[begin:end]
+        begin = end
 
 
 def tokenizer_mark(model: TextModel) -> str:
@@ -66,10 +113,14 @@ def count_bigrams(
     ``progress`` is told the pairs counted.
     """
     counter = BigramCounter(capacity, origin={"tokenizer": tokenizer_mark(model), "corpus": corpus})
-    for tokens in token_stream(model, documents):
-        counter.add(tokens)
-        if progress is not None:
-            progress(counter.pairs)
+    for document in documents:
+        last = np.zeros(0, np.int64)
+        for part in token_parts(model, document):
+            tokens = np.concatenate([last, part])
+            counter.add(tokens)
+            last = tokens[-1:]
+            if progress is not None:
+                progress(counter.pairs)
     return counter
 
 
@@ -101,7 +152,7 @@ def evaluate_hits(
     counter.check_origin({"tokenizer": tokenizer_mark(model)})
     losses = {name: HitLoss(name) for name in DEFINITIONS}
     digest, count = hashlib.blake2b(digest_size=8), 0
-    for group in _groups(token_stream(model, documents), window, contexts):
+    for group in _groups(_pieces(model, documents, window), contexts):
         pairs: list[Pair] = [(piece[:1].tolist(), piece[1:].tolist()) for piece in group]
         for piece, scores in zip(group, model.log_likelihoods(pairs), strict=True):
             digest.update(piece.tobytes())
@@ -122,22 +173,20 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _groups(stream: Iterable[np.ndarray], window: int, limit: int | None) -> Iterator[list[np.ndarray]]:
-    group: list[np.ndarray] = []
-    given = 0
-    for tokens in stream:
-        for begin in range(0, len(tokens), window):
-            piece = tokens[begin : begin + window]
-            if len(piece) < 2:
-                continue
-            if given == limit:
-                break
-            group.append(piece)
-            given += 1
-            if len(group) == GROUP:
-                yield group
-                group = []
-        if given == limit:
-            break
-    if group:
+def _pieces(model: TextModel, documents: Iterable[Document], window: int) -> Iterator[np.ndarray]:
+    """Contexts: each document from its beginning, ``window`` tokens at a time; a single token is none."""
+    for document in documents:
+        rest = np.zeros(0, np.int64)
+        for part in token_parts(model, document):
+            tokens = np.concatenate([rest, part])
+            whole = len(tokens) // window * window
+            yield from tokens[:whole].reshape(-1, window)
+            rest = tokens[whole:]
+        if len(rest) >= 2:
+            yield rest
+
+
+def _groups(pieces: Iterable[np.ndarray], limit: int | None) -> Iterator[list[np.ndarray]]:
+    pieces = itertools.islice(pieces, limit)
+    while group := list(itertools.islice(pieces, GROUP)):
         yield group

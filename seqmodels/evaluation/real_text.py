@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqmodels.evaluation.records import Records
-from seqmodels.evaluation.text_model import TextModel
+from seqmodels.evaluation.text_model import TextModel, fingerprint, groups
 from seqmodels.tasks.real_text import MAX_NEW_TOKENS, STOP, WINDOW, questions
 from seqmodels.tasks.recall_scoring import contains
 
 SUFFIX = ".answers"  # JSON lines; not .jsonl, which in a results folder are rows
-GROUP = 32  # questions answered between two writes
 
 
 class RecallScore(NamedTuple):
@@ -53,7 +51,8 @@ def evaluate_recall(
 ) -> RecallScore:
     """accuracy = mean over questions of [any gold answer is in the text generated up to the first new line].
 
-    Answers go to ``folder/TASK-LAYOUT-LIMIT.answers`` as they are finished; the same call goes on from there.
+    Answers go to ``folder/TASK-LAYOUT-LIMIT.answers`` as they are finished; the same call goes on from there, and so
+    does one with more examples.
 
     Args:
         examples: from :func:`~seqmodels.tasks.real_text.load_examples`.
@@ -64,26 +63,37 @@ def evaluate_recall(
         ValueError: no question left, or answers of another model or data set in the file.
     """
     asked = questions(task, examples, model, layout=layout, limit=limit)
-    digest = hashlib.blake2b(digest_size=8)
-    for question in asked:
-        digest.update(json.dumps(question).encode())
     header = {
         "task": task, "layout": layout, "limit": limit, "window": window, "max_new_tokens": max_new_tokens,
-        "model": model.identity, "questions": digest.hexdigest(),
+        "model": model.identity,
     }  # fmt: skip
     name = f"{task}-{layout}-{'uncut' if limit is None else limit}"
     records = Records(Path(folder) / f"{name}{SUFFIX}", header)
+    digests = {question.index: fingerprint(json.dumps(question)) for question in asked}
+    for question in asked:
+        kept = records.items.get(str(question.index))
+        if kept is not None and kept["question"] != digests[question.index]:
+            raise ValueError(
+                f"{records.path} answers another question at example {question.index}: it is of other data (NQ of "
+                "another size, say); give another --out, or move the file away"
+            )
+
+    def show() -> None:
+        if progress is not None:
+            progress(sum(str(index) in records.items for index in digests), len(asked))
+
+    show()
     waiting = [question for question in asked if str(question.index) not in records.items]
-    for begin in range(0, len(waiting), GROUP):
-        group = waiting[begin : begin + GROUP]
+    waiting.sort(key=lambda question: -len(question.prompt))  # little padding, and the largest batch fits or none does
+    for group in groups(waiting, model):
         texts = model.generate(
             [question.prompt for question in group], max_new_tokens=max_new_tokens, stop=STOP, window=window
         )
         for question, text in zip(group, texts, strict=True):
             records.add(
-                str(question.index), text=text, answers=question.answers, correct=contains(text, question.answers)
-            )
-        if progress is not None:
-            progress(len(records.items), len(asked))
+                str(question.index), question=digests[question.index], text=text, answers=question.answers,
+                correct=contains(text, question.answers),
+            )  # fmt: skip
+        show()
     correct = sum(records.items[str(question.index)]["correct"] for question in asked)
     return RecallScore(task, layout, limit, correct, len(asked), len(examples) - len(asked), records.path)

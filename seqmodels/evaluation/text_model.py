@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, token ids
+Item = TypeVar("Item")
+BATCHES = 4  # batches between two writes: what a killed run loses, and the texts that those of equal length are among
 
 
 class TokenScores(NamedTuple):
@@ -34,6 +36,7 @@ class TextModel(Protocol):
         front: ids that the tokenizer puts before every text by itself.
         prefix_token: id that stands before a text with no context; None where the tokenizer has none.
         max_length: longest context in tokens, None where nothing bounds it.
+        batch_size: prompts that are read side by side.
     """
 
     name: str
@@ -41,6 +44,7 @@ class TextModel(Protocol):
     front: list[int]
     prefix_token: int | None
     max_length: int | None
+    batch_size: int
 
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -81,17 +85,29 @@ def open_text_model(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    check_model_name(name)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     options = {"device": device, "dtype": dtype, "batch_size": batch_size, "tokenizer": tokenizer}
     if name.startswith("hf:"):
         from seqmodels.evaluation.hugging_face_model import HuggingFaceTextModel
 
         return HuggingFaceTextModel(name.removeprefix("hf:"), **options)
-    if Path(name).is_dir() and not (Path(name) / "config.yaml").exists() and (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} is a Hugging Face model's folder; write hf:{name}")
     from seqmodels.evaluation.run_model import RunTextModel
 
     return RunTextModel(name, **options)
+
+
+def check_model_name(name: str) -> None:
+    """ValueError for what is no folder of ours and does not say that it is a Hugging Face model; nothing is read."""
+    folder = Path(name)
+    if name.startswith("hf:") or (folder / "config.yaml").exists():
+        return
+    if (folder / "config.json").exists():
+        raise ValueError(f"{name} is a Hugging Face model's folder; write hf:{name}")
+    what = "holds no config.yaml" if folder.is_dir() else "is no folder"
+    raise ValueError(
+        f"{name} {what}; expected a run folder, a checkpoint or a saved model, or hf:NAME for a Hugging Face model"
+    )
 
 
 def fingerprint(*parts: str | Path) -> str:
@@ -120,12 +136,22 @@ def by_length(lengths: Sequence[int], batch_size: int, *, equal: bool = False) -
         yield batch
 
 
+def groups(items: Sequence[Item], model: TextModel) -> Iterator[Sequence[Item]]:
+    """Items in their order, as many at a time as a killed run may lose."""
+    size = BATCHES * model.batch_size
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
+
+
 def prompt_room(window: int | None, max_new_tokens: int) -> int | None:
     """Tokens of a prompt that are read."""
     if window is None:
         return None
     if window <= max_new_tokens:
-        raise ValueError(f"window={window} leaves no token of the prompt beside max_new_tokens={max_new_tokens}")
+        raise ValueError(
+            f"window={window} leaves no token of the prompt beside max_new_tokens={max_new_tokens}; expected a larger "
+            "window or fewer new tokens (the window is never beyond a Hugging Face model's own length)"
+        )
     return window - max_new_tokens
 
 

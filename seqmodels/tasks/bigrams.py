@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,25 +78,32 @@ class BigramCounter:
         return np.where(self._keys[place] == keys, self._counts[place], 0)
 
     def save(self, path: Path) -> None:
-        """Writes the table; :meth:`load` reads it back."""
+        """Writes the table, whole or not at all; :meth:`load` reads it back."""
         self._merge()
         header = np.array([self.capacity, self.pairs, self._error], np.int64)
-        with path.open("wb") as file:
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        with unfinished.open("wb") as file:
             np.savez(
                 file, keys=self._keys, counts=self._counts, header=header, origin=np.array(json.dumps(self.origin))
             )
+        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> BigramCounter:
         """A table of :meth:`save`; ValueError for any other file."""
         try:
+            with zipfile.ZipFile(path):  # numpy takes what is no archive for pickled objects
+                pass
             with np.load(path, allow_pickle=False) as file:
                 keys, counts, header = (file[name] for name in ("keys", "counts", "header"))
                 origin = json.loads(str(file["origin"]))
-        except (ValueError, KeyError, OSError, EOFError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} is no table of bigram counts: {error}") from error
+        except FileNotFoundError:
+            raise
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is no table of bigram counts, or a damaged one ({error}); give a file that --table wrote, or "
+                "delete it and count again"
+            ) from error
         found = cls(int(header[0]), origin=origin)
         found._keys, found._counts = keys, counts
         found.pairs, found._error = int(header[1]), int(header[2])

@@ -216,7 +216,11 @@ def _is_saved(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is no UTF-8 text: {error}; expected JSON lines") from error
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from seqmodels import cli
+from seqmodels.evaluation import associative_recall
 from seqmodels.evaluation.associative_recall import count_bigrams, evaluate_hits
 from seqmodels.evaluation.text_model import TokenScores
 from seqmodels.models import LanguageModel, ModelConfig, save_model
@@ -19,7 +20,7 @@ from seqmodels.tasks.corpus import CorpusError, Document
 class Bytes:
     """Loss of a byte: its value / 100 nats."""
 
-    name, identity, front, prefix_token, max_length = "bytes", "b", [0], 0, None
+    name, identity, front, prefix_token, max_length, batch_size = "bytes", "b", [0], 0, None, 8
 
     def encode(self, text):
         return list(text.encode())
@@ -61,6 +62,24 @@ def test_contexts_end_at_windows_and_documents():
     assert evaluate_hits(Bytes(), documents("ababab", "ab"), counter, window=4, contexts=1).contexts == 1
     # A rest of a single token has no pair.
     assert evaluate_hits(Bytes(), documents("abab"), counter, window=4).contexts == 1
+
+
+def test_long_documents_are_read_in_parts(monkeypatch):
+    texts = ["to be or\nnot to be\n" * 9, "ÄÖÜ€🦊" * 20, "", "x"]
+    expected = count_bigrams(Bytes(), documents(*texts), capacity=1000)
+    score = evaluate_hits(Bytes(), documents(*texts), expected, window=16)
+    for part in (4, 5, 6, 7, 8, 50):
+        monkeypatch.setattr(associative_recall, "PART", part)
+        pieces = list(associative_recall._texts(texts[1].encode()))
+        assert b"".join(pieces) == texts[1].encode()
+        assert max(map(len, pieces)) <= part
+        assert "".join(piece.decode() for piece in pieces) == texts[1]  # no character is cut
+        found = count_bigrams(Bytes(), documents(*texts), capacity=1000)
+        assert found.pairs == expected.pairs
+        assert (found.counts(expected._keys) == expected._counts).all()
+        assert evaluate_hits(Bytes(), documents(*texts), found, window=16) == score
+    # A tokenizer whose tokens are lines sees whole ones wherever they fit.
+    assert all(piece.endswith(b"\n") for piece in associative_recall._texts(texts[0].encode()))
 
 
 def test_counts_of_another_tokenizer_are_refused():
@@ -118,4 +137,18 @@ def test_the_command(tmp_path):
     assert "the counts are of another corpus" in str(foreign.exception)
     other = run("--out", tmp_path / "c.json", *table, "--window", 32, "--beside", tmp_path / "a.json", status=1)
     assert "was scored on other text" in str(other.exception)
-    assert (tmp_path / "c.json").exists()  # what was computed is kept
+    assert (tmp_path / "c.json").exists()  # what was computed is kept, and shown
+    assert "zoology" in other.output
+    for content, message in (
+        (None, "does not exist; expected a result"),
+        ("{", "no result of"),
+        ("{}", "no result of"),
+    ):
+        (tmp_path / "wrong.json").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "wrong.json").write_text(content)
+        wrong = run("--out", tmp_path / "d.json", *table, "--beside", tmp_path / "wrong.json", status=1)
+        assert message in str(wrong.exception)
+    assert not (tmp_path / "d.json").exists()  # found out before anything is scored
+    run("--out", tmp_path / "new" / "d.json", *train, "--table", tmp_path / "too" / "t.npz", "--window", 64)
+    assert (tmp_path / "too" / "t.npz").exists()

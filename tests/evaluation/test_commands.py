@@ -54,7 +54,11 @@ def test_recall_text(model, tmp_path):
 def test_needle(model, tmp_path):
     pytest.importorskip("matplotlib", reason="the heat map needs matplotlib")
     command = ["needle", model, "--out", tmp_path / "out", "--depths", 2, "--count", 1, "--max-new-tokens", 4]
-    assert "256 tokens are too few" in str(run(*command, status=1).exception)
+    assert "256 tokens are too few" in str(run(*command, "--length", 256, status=1).exception)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    binary = run(*command, "--variant", "niah_single_2", "--text", tmp_path / "binary", status=1)
+    assert "binary is no UTF-8 text" in str(binary.exception)
+    assert "unknown variant 'nia'" in str(run(*command, "--variant", "nia", status=1).exception)
     output = run(*command, "--length", 560, "--length", 480).output
     assert output.index("480 tokens") < output.index("560 tokens")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"needle.jsonl", "needle.json", "needle.png"}

@@ -226,7 +226,7 @@ def test_every_task_runs_under_lm_eval_with_the_prompts_of_recall_text(run, tmp_
         score = evaluate_recall(lm.model, task, load_examples(task, data), tmp_path, layout=layout, limit=limit)
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
         prompts = [sample["arguments"][0][0] for sample in samples]
-        assert prompts == own, name
+        assert sorted(prompts) == sorted(own), name
         assert found["results"][name]["contains,none"] == score.accuracy, name
         cut += sum(len(prompt) < 1500 for prompt in prompts)
     assert cut > 100  # of the documents of 2,400 bytes

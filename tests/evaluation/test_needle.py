@@ -7,7 +7,9 @@ import re
 
 import pytest
 
-from seqmodels.evaluation.needle import NeedlePlan, evaluate_needle
+from seqmodels.evaluation import needle as needle_module
+from seqmodels.evaluation.needle import NeedlePlan, default_lengths, evaluate_needle
+from seqmodels.tasks.recall.needle import VARIANTS, needle
 
 PLAN = NeedlePlan(lengths=(120, 240), depths=(0.0, 0.5, 1.0), count=2, generated=4, seed=1)
 
@@ -15,7 +17,7 @@ PLAN = NeedlePlan(lengths=(120, 240), depths=(0.0, 0.5, 1.0), count=2, generated
 class Reader:
     """Finds the number when it stands among its prompt's last ``reach`` words; a token is a word."""
 
-    name, identity, front, prefix_token = "reader", "r1", [0], None
+    name, identity, front, prefix_token, batch_size = "reader", "r1", [0], None, 1
 
     def __init__(self, reach, fails_after=None):
         self.reach, self.fails_after, self.max_length = reach, fails_after, None
@@ -80,9 +82,53 @@ def test_results_of_something_else_are_never_overwritten(tmp_path):
         evaluate_needle(other, tmp_path, PLAN)
     with pytest.raises(ValueError, match="seed is 1 there, 2 here"):
         evaluate_needle(Reader(75), tmp_path, PLAN._replace(seed=2))
-    with pytest.raises(ValueError, match="text is None there"):
-        evaluate_needle(Reader(75), tmp_path, PLAN, text="One. Two.")
+    with pytest.raises(ValueError, match="variant is 'niah_single_1' there"):
+        evaluate_needle(Reader(75), tmp_path, PLAN._replace(variant="niah_single_2"), text="One. Two.")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_another_haystack_is_something_else_also_when_it_is_the_default(tmp_path, monkeypatch):
+    plan = PLAN._replace(variant="niah_single_2", count=1)
+    monkeypatch.setattr(needle_module, "local_text", lambda: "One is here. Two is there.")
+    evaluate_needle(Reader(75), tmp_path, plan)
+    evaluate_needle(Reader(75), tmp_path, plan, text="One is here. Two is there.")
+    monkeypatch.setattr(needle_module, "local_text", lambda: "Another Python. Other sentences.")
+    with pytest.raises(ValueError, match=r"text is '\w+' there"):
+        evaluate_needle(Reader(75), tmp_path, plan)
+    with pytest.raises(ValueError, match="niah_single_1 hides its needle in noise and reads no text"):
+        evaluate_needle(Reader(75), tmp_path / "noise", PLAN, text="One. Two.")
+
+
+def test_a_map_grows_by_lengths_and_count(tmp_path):
+    evaluate_needle(Reader(75), tmp_path, PLAN._replace(lengths=(120,), count=1))
+    model = Reader(75)
+    steps = []
+    found = evaluate_needle(model, tmp_path, PLAN, progress=lambda done, total: steps.append((done, total)))
+    assert len(model.prompts) == 12 - 3
+    assert found.accuracy == evaluate_needle(Reader(75), tmp_path / "whole", PLAN).accuracy
+    assert (steps[0], steps[-1]) == ((3, 12), (12, 12))
+    records = [(tmp_path / name / "needle.jsonl").read_text().splitlines() for name in (".", "whole")]
+    assert sorted(records[0]) == sorted(records[1])
+    smaller = evaluate_needle(Reader(75), tmp_path, PLAN._replace(lengths=(240,)))
+    assert smaller.accuracy == [[line[1]] for line in found.accuracy]
+
+
+def test_lengths_that_fit_the_tokenizer():
+    # 77 words of a prompt with one line of noise, the separator, the answer: 82 * 4 / 3 is below 128, 206 * 4 / 3 not.
+    assert default_lengths(Reader(75), generated=4) == (128, 256, 512, 1024)
+    assert default_lengths(Reader(75), generated=128) == (512, 1024, 2048, 4096)
+    bytes_reader = Reader(75)
+    bytes_reader.encode = lambda text: list(text.encode())
+    assert default_lengths(bytes_reader) == (1024, 2048, 4096, 8192)
+    bytes_reader.max_length = 2048
+    assert default_lengths(bytes_reader) == (1024, 2048)
+    bytes_reader.max_length = 512
+    with pytest.raises(ValueError, match="reads 512 tokens; niah_single_1 with an answer of 128 needs 1024"):
+        default_lengths(bytes_reader)
+    for variant in VARIANTS:  # the shortest holds the prompts of every variant
+        (length, *_) = default_lengths(Reader(75), variant, text="One is here. Two is there.")
+        plan = PLAN._replace(variant=variant, lengths=(length,), generated=128)
+        assert len(needle(plan.variant, 9, length, lambda text: len(text.split()), text="One is here.")) == 9
 
 
 @pytest.mark.parametrize(

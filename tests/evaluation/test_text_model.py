@@ -118,6 +118,9 @@ def test_names(run, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="write hf:"):
         open_text_model(str(tmp_path))
+    for name, what in ((tmp_path / "none", "is no folder"), (run.parent, "holds no config.yaml")):
+        with pytest.raises(ValueError, match=f"{what}; expected a run folder, .* or hf:NAME"):
+            open_text_model(str(name))
     with pytest.raises(ValueError, match="batch_size is 0"):
         open_text_model(str(run), batch_size=0)
     assert open_text_model(str(run)).identity != open_text_model(str(run), dtype="float32").identity
@@ -135,7 +138,7 @@ def test_batches_of_equal_length():
 class Echo:
     """Says the first word of a prompt's last line; counts what it is asked."""
 
-    name, identity, front, prefix_token, max_length = "echo", "e1", [], None, None
+    name, identity, front, prefix_token, max_length, batch_size = "echo", "e1", [], None, None, 1
 
     def __init__(self) -> None:
         self.asked = []
@@ -178,6 +181,17 @@ def test_a_killed_run_goes_on_and_loses_no_finished_answer(tmp_path):
     assert len(model.asked) == 2
 
 
+def test_a_few_examples_first_and_all_of_them_later(tmp_path):
+    few = evaluate_recall(Echo(), "fda", EXAMPLES[:2], tmp_path, limit=None)
+    assert (few.correct, few.total) == (1, 2)
+    model, steps = Echo(), []
+    whole = evaluate_recall(model, "fda", EXAMPLES, tmp_path, limit=None, progress=lambda *done: steps.append(done))
+    assert (whole.correct, whole.total) == (2, 4)
+    assert len(model.asked) == 2
+    assert (steps[0], steps[-1]) == ((2, 4), (4, 4))
+    assert evaluate_recall(Echo(), "fda", EXAMPLES[:2], tmp_path, limit=None) == few
+
+
 def test_answers_of_something_else_are_refused_and_stay(tmp_path):
     score = evaluate_recall(Echo(), "fda", EXAMPLES, tmp_path, limit=None)
     content = score.path.read_bytes()
@@ -185,8 +199,8 @@ def test_answers_of_something_else_are_refused_and_stay(tmp_path):
     other.identity = "e2"
     with pytest.raises(ValueError, match="something else: model is 'e1' there, 'e2' here"):
         evaluate_recall(other, "fda", EXAMPLES, tmp_path, limit=None)
-    with pytest.raises(ValueError, match="questions is"):
-        evaluate_recall(Echo(), "fda", EXAMPLES[:2], tmp_path, limit=None)
+    with pytest.raises(ValueError, match="answers another question at example 1"):
+        evaluate_recall(Echo(), "fda", [EXAMPLES[0], *EXAMPLES[2:]], tmp_path, limit=None)
     assert score.path.read_bytes() == content
     with pytest.raises(ValueError, match="none of 1 examples is left"):
         evaluate_recall(Echo(), "fda", EXAMPLES[2:3], tmp_path, limit=100)

@@ -109,8 +109,14 @@ def test_tables_are_saved_and_read(tmp_path):
     assert again.counts(keys).tolist() == counter.counts(keys).tolist()
     assert (again.error, again.pairs, again.capacity) == (counter.error, counter.pairs, 10)
     (tmp_path / "other").write_text("text")
-    with pytest.raises(ValueError, match="no table of bigram counts"):
-        BigramCounter.load(tmp_path / "other")
+    (tmp_path / "cut").write_bytes((tmp_path / "counts.npz").read_bytes()[:-30])
+    np.savez(tmp_path / "foreign.npz", keys=np.zeros(1))
+    for name in ("other", "cut", "foreign.npz"):
+        with pytest.raises(ValueError, match=f"{name} is no table of bigram counts, or a damaged one"):
+            BigramCounter.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        BigramCounter.load(tmp_path / "absent")
+    assert not list(tmp_path.glob("*.unfinished"))
     with pytest.raises(ValueError, match="capacity is 0"):
         BigramCounter(0)
 

@@ -208,6 +208,9 @@ def test_what_is_missing_says_where_to_get_it(tmp_path):
     (tmp_path / "drop.jsonl").write_text('{"context": \n')
     with pytest.raises(CorpusError, match=r"drop.jsonl:1 is not JSON"):
         load_examples("drop", tmp_path)
+    (tmp_path / "drop.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(CorpusError, match=r"drop.jsonl is no UTF-8 text"):
+        load_examples("drop", tmp_path)
     with pytest.raises(ValueError, match=r"unknown task 'trivia_qa'.*triviaqa"):
         load_examples("trivia_qa")
     with pytest.raises(ValueError, match="nq_size is 3"):

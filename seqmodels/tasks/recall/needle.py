@@ -115,7 +115,7 @@ def needle(
     if depths is not None and (not depths or not all(0 <= depth <= 1 for depth in depths)):
         raise ValueError(f"{name}: depths are {depths}; expected numbers from 0 to 1")
     variant = VARIANTS[name]
-    source = _Essay(text if text is not None else local_text()) if variant.essay else _Noise()
+    source = _haystack(variant, text)
     draws = raw_draws(seed, list(VARIANTS).index(name), count=count * 5).reshape(count, 5)
     found = []
     room = length - generated
@@ -133,11 +133,21 @@ def needle(
         if size < 1:
             raise ValueError(
                 f"{name}: {length} tokens are too few; the prompt with one sentence of haystack has "
-                f"{count_tokens(prompt(1))} and the answer {generated}"
+                f"{count_tokens(prompt(1))} and the answer {generated}: expected a length of at least their sum, "
+                "better twice as much"
             )
         text_of = prompt(size)
         found.append(Haystack(text_of, value, count_tokens(text_of), depth))
     return found
+
+
+def prompt_tokens(name: str, count_tokens: Callable[[str], int], *, text: str | None = None) -> int:
+    """Tokens of a prompt with one sentence of haystack, give or take those of its key and value."""
+    variant = VARIANTS[name]
+    key, value = f"{ADJECTIVES[0]}-{NOUNS[0]}", _value(variant.kind, np.zeros(2, np.uint64))
+    said = NEEDLE.format(kind=variant.kind, key=key, value=value)
+    context = _haystack(variant, text).context(1, said, 0.0)
+    return count_tokens(PROMPT.format(kind=variant.kind, key=key, context=context))
 
 
 def is_right(generation: str, answer: str) -> bool:
@@ -187,6 +197,10 @@ class _Essay:
         chosen = [own[index % len(own)] for index in range(sentences)]
         chosen.insert(round(depth * sentences), needle)
         return " ".join(chosen)
+
+
+def _haystack(variant: Variant, text: str | None) -> _Noise | _Essay:
+    return _Essay(local_text() if text is None else text) if variant.essay else _Noise()
 
 
 def _largest(fits: Callable[[int], bool], guess: int | None) -> int:
