@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.recall.data import TEST, TRAIN, Resident, labels_of, make, resident
+from evals.recall.data import TEST, TRAIN, Resident, check_last, labels_of, make, resident
 from evals.recall.model import RecallModel
-from evals.recall.suites import Cell
+from evals.recall.suites import Cell, tokens_of
 from seqmodels.models.config import StackConfig
 from seqmodels.state import State
+from seqmodels.tasks.recall.examples import Examples
 from seqmodels.tasks.recall.metrics import Score
-from seqmodels.tasks.recall.registry import row_length, task_named, vocab_size
+from seqmodels.tasks.recall.registry import task_named, vocab_size
 from seqmodels.tasks.shuffle import permutation
 from seqmodels.training.config import OptimizerConfig
 from seqmodels.training.optimizer import make_optimizer, set_learning_rate
@@ -75,23 +76,33 @@ def build_model(cell: Cell, device: str | None = None) -> RecallModel:
     """The model of ``cell``.
 
     Raises:
-        ValueError: a pattern or arguments that a layer's constructor refuses; a layer that is not causal.
+        ValueError: a pattern or arguments that a layer's constructor refuses; a bidirectional layer.
     """
     config = StackConfig(
         d_model=cell.d_model, pattern=cell.pattern, layers=cell.layers,
         norm=cell.norm, dropout=cell.training.dropout,  # type: ignore[arg-type]
     )  # fmt: skip
     sizes = [vocab_size(cell.task, data.settings) for data in (*cell.train, *cell.test)]
-    lengths = [row_length(cell.task, data.settings) for data in (*cell.train, *cell.test)]
+    lengths = [tokens_of(cell.task, data, cell.reads) for data in (*cell.train, *cell.test)]
     with torch.device(device) if device is not None else torch.device("cpu"):
         model = RecallModel(
             config, max(sizes), max(lengths) if cell.learned_positions else None,
             last=task_named(cell.task).readout == "last",
         )  # fmt: skip
     for layer in model.layers():
-        if layer.causality != "causal":
-            raise ValueError(f"{cell.arm}: layer {type(layer).__name__} is {layer.causality}; recall needs causal ones")
+        if layer.causality == "bidirectional":
+            raise ValueError(
+                f"{cell.arm}: layer {type(layer).__name__} is bidirectional; recall needs layers that are causal, or "
+                "causal behind a prefix"
+            )
     return model
+
+
+def check_examples(cell: Cell, model: RecallModel, examples: Examples) -> Examples:
+    """``examples``, or ``ValueError`` where a label stands in what the model reads in both directions."""
+    if model.reads_prefix:
+        check_last(examples, f"{cell.arm} reads all tokens but the last in both directions")
+    return examples
 
 
 def run(cell: Cell, say: Callable[[dict[str, Any]], None] = lambda progress: None) -> Outcome:
@@ -117,7 +128,10 @@ class Trainer:
             self.model,
             OptimizerConfig(cell.learning_rate, cell.weight_decay, self.plan.betas, gradient_clip=None),
         )
-        first = [make(cell, data, "train", (TRAIN, index)) for index, data in enumerate(cell.train)]
+        first = [
+            check_examples(cell, self.model, make(cell, data, "train", (TRAIN, index)))
+            for index, data in enumerate(cell.train)
+        ]
         self.digest = first[0].digest()
         self.train = [resident(examples, cell.device) for examples in first]
         self.tests = dict(

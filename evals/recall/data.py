@@ -48,9 +48,27 @@ def resident(examples: Examples, device: str) -> Resident:
 
 
 def make(cell: Cell, data: DataSet, split: Split, stream: tuple[int, ...]) -> Examples:
-    """The examples of one data set of ``cell``."""
+    """The examples of one data set of ``cell``, as its model reads them."""
     seed = TEST_SEED + (cell.seed >= TUNING_SEED) if split == "test" else cell.seed
-    return generate(cell.task, data.count, data.settings, seed=seed, stream=stream, split=split)
+    examples = generate(cell.task, data.count, data.settings, seed=seed, stream=stream, split=split)
+    return twice(examples, cell.arm) if cell.reads == "twice" else examples
+
+
+def twice(examples: Examples, arm: str) -> Examples:
+    """Every row behind a copy of itself, asked at its last token (JRT-Prompt, arXiv:2407.05483).
+
+    Raises:
+        ValueError: labels before the last token, which the copy could give away.
+    """
+    check_last(examples, f"{arm} reads twice")
+    nothing = np.full_like(examples.targets, NO_TARGET)
+    return Examples(np.concatenate((examples.tokens,) * 2, 1), np.concatenate((nothing, examples.targets), 1))
+
+
+def check_last(examples: Examples, what: str) -> None:
+    """``ValueError`` where a label stands before the last token; ``what`` says why none may."""
+    if (examples.targets[:, :-1] != NO_TARGET).any():
+        raise ValueError(f"{what}, so a task may ask at the last token of a row alone; this one asks earlier")
 
 
 def labels_of(data: tuple[DataSet, ...], task: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer
 from seqmodels.models.config import StackConfig
 from seqmodels.models.normalization import Identity
@@ -41,6 +42,8 @@ class RecallModel(nn.Module):
         vocab_size: token ids.
         max_length: rows of the learned positions P; None for none.
         last: read every position from the last hidden vector (:class:`LastReadout`), not from its own.
+
+    Where a layer reads a prefix in both directions, all tokens but the last are the prefix (``reads_prefix``).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class RecallModel(nn.Module):
         self.stack = Stack(config)
         self.norm = self.stack.norm
         self.stack.norm = Identity()
+        self.reads_prefix = any(layer.causality == "prefix" for layer in self.layers())
         self.dropout = config.dropout
         for weight in (self.embedding.weight, self.positions):
             if weight is not None and not weight.is_meta:
@@ -64,7 +68,11 @@ class RecallModel(nn.Module):
         h = F.embedding(tokens, self.embedding.weight)
         if self.positions is not None:
             h = h + self.positions[: tokens.shape[1]]
-        output = self.stack(F.dropout(h, self.dropout, self.training) if self.dropout else h)
+        layout = None
+        if self.reads_prefix:
+            batch, length = tokens.shape
+            layout = Layout.full(batch, length, prefix_lengths=[length - 1] * batch, device=tokens.device)
+        output = self.stack(F.dropout(h, self.dropout, self.training) if self.dropout else h, layout=layout)
         return output.hidden, output.aux
 
     def read(self, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
-from evals.recall.cell import Outcome, build_model
+from evals.recall.cell import Outcome, build_model, check_examples
 from evals.recall.data import make
+from evals.recall.model import RecallModel
 from evals.recall.suites import Cell
 from evals.recall.summary import Run, collect
 from evals.results import Results
@@ -60,19 +61,20 @@ def one_gpu(slot: int, gpus: int) -> dict[str, str]:
 
 def check(cells: list[Cell]) -> None:
     """Refuses what a layer or a generator would refuse, each distinct one once and without memory."""
+    models: dict[tuple[str, ...], RecallModel] = {}
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
-        model = (cell.pattern, str(cell.layers), str(cell.d_model), cell.plan)
-        if model not in seen:
-            seen.add(model)
-            build_model(cell, device="meta")
-        data = (cell.task, str(cell.train), str(cell.test))
+        key = (cell.pattern, str(cell.layers), str(cell.d_model), cell.plan, cell.reads)
+        if key not in models:
+            models[key] = build_model(cell, device="meta")
+        model = models[key]
+        data = (cell.task, str(cell.train), str(cell.test), cell.reads, str(model.reads_prefix))
         if data not in seen:
             seen.add(data)
             for one in cell.train:
-                make(cell, msgspec.structs.replace(one, count=1), "train", (0,))
+                check_examples(cell, model, make(cell, msgspec.structs.replace(one, count=1), "train", (0,)))
             for one in cell.test:
-                make(cell, msgspec.structs.replace(one, count=1), "test", (0,))
+                check_examples(cell, model, make(cell, msgspec.structs.replace(one, count=1), "test", (0,)))
 
 
 def write_rows(results: Results, cell: Cell, outcome: Outcome) -> list[dict[str, Any]]:

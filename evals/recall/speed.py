@@ -1,10 +1,11 @@
 """The training loop of the suite against a straightforward eager loop around the same layers in plain PyTorch.
 
 Both train the same model on the same examples with the same optimiser settings, in turns, on the cores that this
-process may use. The suite's way: a process of one thread for each core, this library's kernels, logits at labelled
-positions only, data resident as one tensor, fused AdamW, the loss read once an epoch. The eager way: one process
-with a thread for each core, the layers' plain PyTorch form, a DataLoader, logits at every position, cross-entropy
-that ignores the unlabelled ones, AdamW as it comes, and the loss read at each step.
+process may use. The suite's way: a process of one thread for each core, this library's kernels, norm and logits at
+labelled positions only, data resident as one tensor, fused AdamW, the loss read once an epoch, memory that the process
+keeps. The eager way: one process with a thread for each core, the layers' plain PyTorch form, a DataLoader, norm and
+logits at every position, cross-entropy that ignores the unlabelled ones, AdamW as it comes, and the loss read at each
+step.
 
 Two ratios: examples per second on all cores, and examples per processor second where both ways have one thread. The
 second does not depend on what else the machine does, and leaves out what a thread for each core loses by waiting.
@@ -54,6 +55,8 @@ def measure(results: Results, arms: Sequence[str]) -> int:
             continue
         suite = [_Worker(cell, "suite", {core}, 1) for core in cores]
         eager, single = _Worker(cell, "eager", set(cores), len(cores)), _Worker(cell, "eager", {cores[0]}, 1)
+        for worker in (*suite, eager, single):
+            worker.answer()  # warm
         rounds = [_round(suite, eager, single) for _ in range(ROUNDS)]
         for worker in (*suite, eager, single):
             worker.close()
@@ -88,7 +91,8 @@ def _round(suite: list[_Worker], eager: _Worker, single: _Worker) -> tuple[tuple
 
 
 class _Worker:
-    """A process that trains ``STEPS`` steps each time it is asked, and answers with its examples per second."""
+    """A process that trains ``STEPS`` steps each time it is asked, and answers with its examples per second; its first
+    answer says that it is warm."""
 
     def __init__(self, cell: Cell, way: str, cores: set[int], threads: int) -> None:
         self.process = subprocess.Popen(
@@ -96,7 +100,6 @@ class _Worker:
             cwd=ROOT, env={**(KEEP_MEMORY if way == "suite" else {}), **os.environ, **thread_limits(threads)},
         )  # fmt: skip
         self._say({"cell": msgspec.to_builtins(cell), "way": way, "cores": sorted(cores), "threads": threads})
-        self.answer()
 
     def ask(self) -> None:
         self._say({})

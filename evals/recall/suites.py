@@ -24,6 +24,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Rate = Annotated[float, Meta(gt=0)]
+Reads = Literal["once", "twice"]
 
 
 class DataSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,6 +127,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         published: its row in the published numbers.
         learning_rate: stored rate by task, over that of layers.yaml.
         learned_positions: instead of what layers.yaml says of the layer.
+        reads: ``twice`` shows the whole row once more in front of it, for tasks that ask at the last token alone.
     """
 
     layer: str
@@ -134,6 +136,7 @@ class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     published: str | None = None
     learning_rate: dict[str, Rate] = {}
     learned_positions: bool | None = None
+    reads: Reads = "once"
 
 
 class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,7 +165,7 @@ class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     control_tasks: tuple[str, ...] = ()
 
 
-class Cell(msgspec.Struct, frozen=True):
+class Cell(msgspec.Struct, frozen=True, omit_defaults=True):
     """One run: everything that repeats it."""
 
     suite: str
@@ -187,6 +190,7 @@ class Cell(msgspec.Struct, frozen=True):
     published: str | None
     control: str | None
     chance: float | None
+    reads: Reads = "once"
 
     @property
     def point(self) -> str:
@@ -271,13 +275,18 @@ def grid_cells(name: str, suite: Suite, layers: LayerDefaults | None = None) -> 
                     arm=arm_name, layer=arm.layer, pattern=pattern, layers={**words, **suite.layers, **arguments},
                     norm=suite.norm, learned_positions=positions, d_model=d_model,
                     depth=depth, learning_rate=rate, weight_decay=decay, seed=seed, training=training,
-                    state_context=suite.state_context or max(row_length(task, data.settings) for data in plan.test),
+                    state_context=suite.state_context or max(tokens_of(task, data, arm.reads) for data in plan.test),
                     published=arm.published or arm.layer,
                     control=suite.controls.get(arm_name) if base in suite.control_tasks else None,
-                    chance=plan.chance,
+                    chance=plan.chance, reads=arm.reads,
                 )
             )  # fmt: skip
     return cells
+
+
+def tokens_of(task: str, data: DataSet, reads: Reads) -> int:
+    """Tokens of a row as the model reads it."""
+    return row_length(task, data.settings) * (2 if reads == "twice" else 1)
 
 
 def _has_word(pattern: str, word: str) -> bool:

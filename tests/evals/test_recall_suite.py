@@ -182,10 +182,77 @@ def test_bad_protocols_are_refused_before_anything_trains(tmp_path, path, value,
         runner.check(tiny(tmp_path, edited(path, value))[1])
 
 
-def test_layers_that_are_not_causal_are_refused(tmp_path):
+def test_bidirectional_layers_are_refused(tmp_path):
     data = edited("arms.attention", {"layer": "s4d", "arguments": {"bidirectional": True}})
-    with pytest.raises(ValueError, match="attention: layer S4D is bidirectional; recall needs causal ones"):
+    with pytest.raises(ValueError, match="attention: layer S4D is bidirectional; recall needs layers that are causal"):
         runner.check(tiny(tmp_path, data)[1])
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"layer": "prefix_linear_attention"}, "attention reads all tokens but the last in both directions, so a task"),
+        ({"layer": "attention", "reads": "twice"}, "attention reads twice, so a task may ask at the last token"),
+    ],
+)
+def test_what_sees_answers_is_refused(tmp_path, arm, message):
+    with pytest.raises(ValueError, match=message):
+        runner.check(tiny(tmp_path, edited("arms.attention", arm))[1])
+
+
+DISJOINTNESS = {"first": 2, "second": 3, "vocab_size": 16}
+
+
+def disjointness(tmp_path) -> dict[str, Cell]:
+    """A cell for each way to read; the data of set disjointness."""
+    data = edited("tasks", {"set_disjointness": {
+        "train": [{"count": 8, "settings": DISJOINTNESS}], "test": [{"count": 8, "settings": DISJOINTNESS}],
+    }})  # fmt: skip
+    arguments = {"num_heads": 2, "key_dim": 4}
+    data |= {"pattern": "gated_conv {layer}", "controls": {}, "control_tasks": [], "arms": {
+        "causal": {"layer": "linear_attention", "arguments": arguments},
+        "twice": {"layer": "linear_attention", "arguments": arguments, "reads": "twice"},
+        "prefix": {"layer": "prefix_linear_attention", "arguments": {"num_heads": 2, "feature_dim": 4}},
+    }}  # fmt: skip
+    cells = tiny(tmp_path, data)[1]
+    runner.check(cells)
+    return {cell.arm: cell for cell in cells if cell.seed == 0}
+
+
+def test_reading_twice_puts_the_row_before_itself_and_asks_once(tmp_path):
+    cells = disjointness(tmp_path)
+    once, again = (make(cells[arm], cells[arm].test[0], "test", (0,)) for arm in ("causal", "twice"))
+    assert np.array_equal(again.tokens, np.concatenate((once.tokens, once.tokens), 1))
+    assert np.array_equal(again.targets[:, -1], once.targets[:, -1])
+    assert (again.targets[:, :-1] == NO_TARGET).all()
+    assert (cells["causal"].state_context, cells["twice"].state_context) == (8, 16)
+    assert build_model(cells["twice"]).positions.shape == (16, 16)  # learned, of linear attention alone
+    assert cells["causal"].digest != cells["twice"].digest
+    assert "reads" not in msgspec.to_builtins(cells["causal"])  # cells of before keep their digest
+
+
+@pytest.mark.parametrize("arm", ["causal", "twice", "prefix"])
+def test_every_way_to_read_trains_and_is_tested(tmp_path, arm):
+    found = cell_module.run(disjointness(tmp_path)[arm])
+    assert (found.ended, found.steps) == ("epochs", 2)
+    assert 0 <= found.score <= 1
+
+
+def test_the_prefix_is_all_tokens_but_the_last(tmp_path):
+    """In training and in tests: an earlier token sees a later one of the prefix, and none sees the last."""
+    cells = disjointness(tmp_path)
+    batch = resident(make(cells["prefix"], cells["prefix"].test[0], "test", (0,)), "cpu")
+    length = batch.tokens.shape[1]
+    for arm, sees in (("prefix", True), ("causal", False)):
+        trainer = Trainer(cells[arm], lambda message: None)
+        for train in (True, False):
+            trainer.model.train(train)
+            before = trainer.model(batch.tokens)[0]
+            for changed, seen in ((length - 2, sees), (length - 1, False)):
+                tokens = batch.tokens.clone()
+                tokens[:, changed] = 5
+                after = trainer.model(tokens)[0]
+                assert torch.equal(before[:, 0], after[:, 0]) != seen
 
 
 def test_unknown_suites_tasks_and_arms():
