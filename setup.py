@@ -38,7 +38,8 @@ if X86:
 COMPILE = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fno-math-errno",
            "-fno-trapping-math", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={ABI_TARGET}"]  # fmt: skip
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g", "-O1"]
-CUDA_COMPILE = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Without warning 128: a loop behind `if (a template argument) continue` is not reached in some instances.
+CUDA_COMPILE = ["nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-diag-suppress", "128"]
 # Code for three GPU generations (the last two with their own matrix instructions), and PTX of
 # the first for every other.
 CUDA_ARCHITECTURES = os.environ.get("SEQMODELS_CUDA_ARCHITECTURES", "80;90a;100a").split(";")
@@ -156,12 +157,12 @@ class BuildKernels(build_ext):
             list(pool.map(compile_one, stale))
 
         libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-        if ext.name.endswith("._CUDA"):
-            toolkit = Path(shutil.which("nvcc") or "nvcc").resolve().parent.parent
-            libraries += [f"-L{os.environ.get('CUDA_HOME', toolkit)}/lib64", "-lcudart", "-ltorch_cuda"]
+        linker = [*compiler.split(), *sanitize]
+        if ext.name.endswith("._CUDA"):  # nvcc knows where its own run-time library lies
+            linker, libraries = ["nvcc"], [*libraries, "-ltorch_cuda"]
         target.parent.mkdir(parents=True, exist_ok=True)
         linked = folder / target.name
-        run([*compiler.split(), "-shared", *(str(job[2]) for job in jobs), *libraries, *sanitize, "-o", str(linked)])
+        run([*linker, "-shared", *(str(job[2]) for job in jobs), *libraries, "-o", str(linked)])
         install(linked, target)
 
 
