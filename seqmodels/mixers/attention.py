@@ -189,14 +189,8 @@ class Attention(Mixer):
         """
         if self.bidirectional:
             self._refuse_state("carry a state")
-        if max_length is None and self.window is None:
-            raise ValueError(
-                f"{type(self).__name__} without a window keeps every token, and its state never grows: "
-                "give init_state(batch_size, max_length=...) the longest context, or the layer a window"
-            )
+        capacity = self._capacity(max_length)
         check_positive(type(self).__name__, batch_size=batch_size)
-        most = None if self.window is None else self.window + self.pinned_tokens
-        capacity = min(size for size in (max_length, most) if size is not None)
         weight = self.out_proj.weight
         device = weight.device if device is None else device
         options: dict[str, Any] = {"device": device, "dtype": weight.dtype if dtype is None else dtype}
@@ -207,7 +201,7 @@ class Attention(Mixer):
         )
 
     def with_capacity(self, state: AttentionState, max_length: int | None) -> AttentionState:
-        wanted = self.init_state(1, max_length=max_length, device="meta").key.shape[2]
+        wanted = self._capacity(max_length)
         if wanted < state.key.shape[2]:
             check_fits(state.position, wanted)
         change = (0, 0, 0, wanted - state.key.shape[2])  # a negative number cuts
@@ -272,6 +266,16 @@ class Attention(Mixer):
     def _bounded(self, state: AttentionState) -> bool:
         """Whether the cache holds so many tokens and no more."""
         return self.window is None or state.key.shape[2] < self.window + self.pinned_tokens
+
+    def _capacity(self, max_length: int | None) -> int:
+        """Slots of a cache for ``max_length`` tokens."""
+        if max_length is None and self.window is None:
+            raise ValueError(
+                f"{type(self).__name__} without a window keeps every token, and its state never grows: "
+                "give init_state(batch_size, max_length=...) the longest context, or the layer a window"
+            )
+        most = None if self.window is None else self.window + self.pinned_tokens
+        return min(size for size in (max_length, most) if size is not None)
 
     def _capacity_of(self, state: Any) -> int:
         """The capacity that a given state claims; 1 for what is no such state, which the check refuses."""

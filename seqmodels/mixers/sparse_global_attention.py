@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.attention import Attention, AttentionState
-from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_positive
+from seqmodels.mixers.base import MixerOutput, ParameterHint, check_positive
 from seqmodels.ops.registration import state_dtype
 from seqmodels.ops.rotary import token_positions
 from seqmodels.ops.sparse_attention import SparseCache, advance, empty, sparse_attention, sparse_attention_step
@@ -176,7 +176,7 @@ class SparseGlobalAttention(Attention):
         return super().flops(length) + 4 * length * self.num_heads * self.head_dim * chosen
 
     def with_capacity(self, state: AttentionState, max_length: int | None) -> AttentionState:
-        return Mixer.with_capacity(self, state, max_length)
+        return state  # its size depends on no length
 
     def _pinned(self, scores: Tensor, position: Tensor) -> Tensor:
         """The best score for pinned tokens: they are always chosen, and log sigmoid of it adds 0 to a logit."""

@@ -18,8 +18,8 @@ class Account(NamedTuple):
         name: registry name, or what else it is.
         sites: how often it runs; blocks with shared weights run at several sites.
         parameters: distinct ones.
-        state_bytes: for one sequence with a context of the account's length.
-        flops: multiply and add operations of a forward over one sequence of that length.
+        state_bytes: for one sequence with a context of the account's length, behind the meta tokens.
+        flops: multiply and add operations of a forward over one sequence of that length and the meta tokens.
     """
 
     name: str
@@ -39,6 +39,7 @@ def account(config: ModelConfig, *, length: int, dtype: torch.dtype = torch.floa
         raise ValueError(f"length is {length}; expected at least 1")
     model = LanguageModel(config, device="meta", dtype=dtype)
     stack = model.backbone
+    context = config.meta_tokens + length
     kinds: dict[str, list[int]] = {}
     counted: set[int] = set()
     for spec, layer, _ in stack.named_layers():
@@ -47,12 +48,14 @@ def account(config: ModelConfig, *, length: int, dtype: torch.dtype = torch.floa
         if id(layer) not in counted:
             counted.add(id(layer))
             row[1] += sum(parameter.numel() for parameter in layer.parameters())
-        row[2] += layer.init_state(1, max_length=length, device="meta", dtype=dtype).nbytes
-        row[3] += layer.flops(length)
+        row[2] += layer.init_state(1, max_length=context, device="meta", dtype=dtype).nbytes
+        row[3] += layer.flops(context)
     embedding = config.vocab_size * config.d_model
     norms = [*(block.norm for block in stack.blocks), stack.norm]
     norm_parameters = sum(parameter.numel() for norm in norms for parameter in norm.parameters())
     rows = [Account("embedding", 1, embedding, 0, 0)]
+    if config.meta_tokens:
+        rows.append(Account("meta tokens", 1, config.meta_tokens * config.d_model, 0, 0))
     rows += [Account(name, *values) for name, values in kinds.items()]
     rows.append(Account("norms", len(stack.order) + (config.norm_place == "pre"), norm_parameters, 0, 0))
     gates = [

@@ -205,6 +205,8 @@ class ModelConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     Attributes:
         vocab_size: number of token ids.
         tie_head: the head is the embedding matrix.
+        meta_tokens: learned vectors that every document begins with (Hymba, arXiv:2411.13676, section 2.2). They
+            are never targets, positions count on after them, and windows of softmax attention keep them in sight.
         objective: "next_token", or "prefix": next-token prediction after a prefix that prefix layers
             read in both directions. Only "prefix" admits prefix layers.
         prefix_length: "prefix" only: tokens of the prefix that the model is trained with. Generation reads so
@@ -213,12 +215,20 @@ class ModelConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=
 
     vocab_size: int
     tie_head: bool = True
+    meta_tokens: int = 0
     objective: Literal["next_token", "prefix"] = "next_token"
     prefix_length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size("vocab_size", self.vocab_size)
+        if self.meta_tokens < 0:
+            raise ValueError(f"meta_tokens is {self.meta_tokens}; expected a number of learned vectors, 0 for none")
+        if self.meta_tokens and self.objective == "prefix":
+            raise ValueError(
+                f"meta_tokens is {self.meta_tokens}, but with objective 'prefix' a document's first call must begin "
+                "with its prefix; set meta_tokens: 0"
+            )
         if self.prefix_length is not None:
             _check_size("prefix_length", self.prefix_length)
             if self.objective != "prefix":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from seqmodels.layout import Layout
 from seqmodels.models.config import ModelConfig
@@ -55,6 +56,10 @@ class LanguageModel(nn.Module):
     ``forward`` over a sequence, over its pieces with the state carried, token by token with
     ``step``, and over packed documents give the same logits, states and gradients.
 
+    With ``meta_tokens`` every document is [meta_tokens; W_embedding[tokens]] to the stack. The learned rows go
+    through it once a call, and all documents begin from the state behind them, which carries their gradient.
+    A call with a state goes on from it and does not begin anew.
+
     Args:
         config: see :class:`seqmodels.models.ModelConfig`.
         device: where the weights are made; ``"meta"`` makes none (accounting).
@@ -78,11 +83,17 @@ class LanguageModel(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.backbone = Stack(config)
             self.head = None if config.tie_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            shape = (config.meta_tokens, config.d_model)
+            self.meta_tokens = nn.Parameter(torch.empty(shape)) if config.meta_tokens else None
         check_causal(self.backbone, type(self).__name__, config.objective)
+        if config.meta_tokens:
+            self.backbone.pin(config.meta_tokens)
         if not self.embedding.weight.is_meta:
             initialize_embedding(self.embedding.weight, config.initialization)
             if self.head is not None:
                 initialize_embedding(self.head.weight, config.initialization)
+            if self.meta_tokens is not None:
+                initialize_embedding(self.meta_tokens, config.initialization)
 
     @property
     def head_weight(self) -> Tensor:
@@ -99,6 +110,9 @@ class LanguageModel(nn.Module):
     ) -> StackOutput:
         """Hidden vectors (batch, length, d_model) before the head; ``forward`` without its logits."""
         self._check_tokens(tokens, layout)
+        if state is None and self.meta_tokens is not None:
+            documents = tokens.shape[0] if layout is None else layout.num_documents
+            state = self._after_meta_tokens(documents, tokens.shape[1] if return_state else 0)
         return self.backbone(
             F.embedding(tokens, self.embedding.weight), state, layout=layout, return_state=return_state
         )
@@ -192,16 +206,37 @@ class LanguageModel(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ModelState:
-        """The state before the first token; ``max_length`` bounds the context of full attention."""
-        return self.backbone.init_state(batch_size, max_length=max_length, device=device, dtype=dtype)
+        """The state before the first token; ``max_length`` bounds the context of full attention.
+
+        With meta tokens that is the state behind them. Their gradient passes through it in training mode alone,
+        so that a state to decode with holds no graph.
+        """
+        room = None if max_length is None else max_length + self.config.meta_tokens
+        empty = self.backbone.init_state(batch_size, max_length=room, device=device, dtype=dtype)
+        if self.meta_tokens is None or next(empty.tensors())[1].is_meta:
+            return empty
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            state = self._after_meta_tokens(batch_size, max_length)
+            return tree_map(lambda tensor, place: None if place is None else place.copy_(tensor), state, empty)
+
+    def _after_meta_tokens(self, documents: int, max_length: int | None) -> ModelState:
+        """The state behind the meta tokens for each document, with room for ``max_length`` tokens more."""
+        assert self.meta_tokens is not None
+        state = self.backbone(self.meta_tokens[None], return_state=True).state
+        room = None if max_length is None else max_length + self.config.meta_tokens
+        state = self.backbone.with_capacity(state, room)
+        return state.map(lambda tensor: tensor.expand(documents, *tensor.shape[1:]).contiguous())
 
     def state_bytes(self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None) -> int:
         """Exact bytes of the state for a context of ``context_length`` tokens."""
         return self.init_state(batch_size, max_length=context_length, device="meta", dtype=dtype).nbytes
 
     def flops(self, length: int) -> int:
-        """Multiply and add operations of a forward over one sequence, head included."""
-        return self.backbone.flops(length) + 2 * length * self.config.d_model * self.config.vocab_size
+        """Multiply and add operations of a forward over one sequence, meta tokens and head included."""
+        return (
+            self.backbone.flops(self.config.meta_tokens + length)
+            + 2 * length * self.config.d_model * self.config.vocab_size
+        )
 
     def num_parameters(self) -> int:
         """Distinct parameters: shared weights and a tied head count once."""

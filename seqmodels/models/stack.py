@@ -163,6 +163,27 @@ class Stack(nn.Module):
             )
         )
 
+    def with_capacity(self, state: ModelState, max_length: int | None) -> ModelState:
+        """The same state with room for ``max_length`` tokens in all; see :meth:`Mixer.with_capacity`."""
+        pairs = zip(self.order, state.layers, strict=True)
+        return ModelState(tuple(self._block(index).layer.with_capacity(part, max_length) for index, part in pairs))
+
+    def pin(self, count: int) -> None:
+        """Keeps the first ``count`` tokens of a document in sight of every layer (:meth:`Mixer.pin`).
+
+        Raises:
+            ValueError: for a layer that cannot, with its block.
+        """
+        pinned: set[int] = set()
+        for spec, layer, site in self.named_layers():
+            if id(layer) in pinned:
+                continue
+            pinned.add(id(layer))
+            try:
+                layer.pin(count)
+            except ValueError as error:
+                raise ValueError(f"block {site} ({spec.name}) cannot be used with meta tokens. {error}") from error
+
     def flops(self, length: int) -> int:
         """Multiply and add operations of all blocks over one sequence; norms and sums are left out."""
         return sum(self._block(index).layer.flops(length) for index in self.order)

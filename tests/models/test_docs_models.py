@@ -24,16 +24,16 @@ def test_python(code: str) -> None:
     assert [len(text) for text in names["texts"]] == [10, 10]
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_yaml(text: str) -> None:
+@pytest.mark.parametrize(("text", "sites", "weights"), zip(blocks("yaml"), (12, 10), (11, 10), strict=True))
+def test_yaml(text: str, sites: int, weights: int) -> None:
     model = LanguageModel(convert(parse_yaml(text), ModelConfig), device="meta")
-    assert len(model.backbone.order) == 12
-    assert len(model.backbone.blocks) == 11
+    assert len(model.backbone.order) == sites
+    assert len(model.backbone.blocks) == weights
 
 
 def test_defaults() -> None:
     rows = re.findall(r"^\| `([^|]*)` \| `([^|]*)` \|", TEXT, re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 13
     defaults = ModelConfig(vocab_size=1, d_model=1, pattern="mlp")
     for names, values in rows:
         for name, value in zip(names.split("`, `"), values.split("`, `"), strict=True):
