@@ -68,7 +68,8 @@ class Workspace(Mixer):
 
     State: float32; see :class:`WorkspaceState`.
 
-    ``aux``: ``read_gate`` and ``write_gate``, means over the tokens; ``update``, the mean of z over whole segments.
+    ``aux``: ``read_gate`` and ``write_gate``, means over the tokens; ``update``, the mean of z over the whole segments
+    that were written: rows without state and layout do not write their last one unless a state is returned.
 
     Raises:
         ValueError: sizes below 1, or more active slots than there are.
@@ -135,7 +136,8 @@ class Workspace(Mixer):
         flat = x.flatten(0, 1)
         held = blocks.token >= 0
         rows = torch.where(held[..., None], flat[blocks.token.clamp_min(0)], 0)  # (blocks, segment, d_model)
-        score, value, write_gate = self._write(rows)
+        write_gate = self._write_gate(rows)
+        score, value = self._write(rows, write_gate)
         sums = self._gather(score, value, held, _open_segments(before, blocks, self.segment))
         whole = blocks.filled.all(1)
         keep, update = self._update(sums, whole)
@@ -147,7 +149,8 @@ class Workspace(Mixer):
         slots = torch.where(
             blocks.first[:, None, None], before.slots[blocks.document], torch.cat([after[:1], after[:-1]])
         )
-        y, read_gate = self._read(rows, slots)
+        read_gate = self._read_gate(rows)
+        y = self._read(rows, slots, read_gate)
         picked = y.flatten(0, 1)[blocks.slot_of_token.clamp_min(0)]
         valid = blocks.slot_of_token >= 0
         y = torch.where(valid[:, None], picked, 0).view(x.shape)
@@ -164,8 +167,8 @@ class Workspace(Mixer):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: WorkspaceState) -> Tensor:
-        y, _ = self._read(x_t.unsqueeze(1), state.slots)
-        score, value, _ = self._write(x_t)
+        y = self._read(x_t.unsqueeze(1), state.slots, self._read_gate(x_t).unsqueeze(1))
+        score, value = self._write(x_t, self._write_gate(x_t))
         largest = torch.maximum(state.largest, score)
         old, new = (state.largest - largest).exp(), (score - largest).exp()
         mass = state.mass * old + new
@@ -195,6 +198,45 @@ class Workspace(Mixer):
         segments = math.ceil(length / self.segment)
         return 2 * (length * per_token + segments * self.num_slots * 3 * self.d_model * self.rank)
 
+    def _from_the_start(self, x: Tensor, return_state: bool) -> MixerOutput:
+        """Rows that begin documents: segments are slices, and the first segments of all rows read W_0 as one matrix.
+
+        The last segment is written for the state alone. Without a segment that is read all the same operations
+        run on no segment: each weight meets a gradient (of zeros), as data-parallel training expects.
+        """
+        batch, length, size = x.shape[0], x.shape[1], self.segment
+        closed = (length - 1) // size  # segments that a later token of these reads
+        before = self._initial(batch, x.dtype)
+        read_gate, write_gate = self._read_gate(x), self._write_gate(x)
+        written = length if return_state else closed * size
+        score, value = self._write(x[:, :written], write_gate[:, :written])
+        keep, update = self._update(self._gather(*(_cut(part[:, : closed * size], size) for part in (score, value))))
+        slots = update  # (batch, closed, num_slots, d_model)
+        if closed:
+            slots, _ = linear_recurrence(
+                keep[..., None].expand_as(update).flatten(2), update.flatten(2), initial_state=before.slots.flatten(1)
+            )
+            slots = slots.view_as(update)
+        first = self._read(x[:, :size], self.initial_slots, read_gate[:, :size])
+        later = self._read(_cut(x[:, size:], size), slots, _cut(read_gate[:, size:], size)).flatten(1, 2)
+        y = torch.cat([first, later[:, : length - first.shape[1]]], 1)
+        final, updates = None, 1 - keep.flatten(1)
+        if return_state:
+            last = slots[:, -1] if closed else before.slots
+            sums = self._gather(score[:, closed * size :], value[:, closed * size :])
+            if length % size == 0:
+                keep, update = self._update(sums)
+                last, updates = keep[..., None] * last + update, torch.cat([updates, 1 - keep], 1)
+                sums = _Sums(before.largest, before.mass, before.gathered)
+            last = last.clone(memory_format=torch.contiguous_format)
+            final = WorkspaceState(last, *sums, before.position + length)
+        aux = {
+            "read_gate": read_gate.mean(),
+            "write_gate": write_gate.mean(),
+            "update": updates.sum() / max(updates.numel(), 1),
+        }
+        return MixerOutput(y, final, aux)
+
     def _initial(self, documents: int, dtype: torch.dtype) -> WorkspaceState:
         carried, device = state_dtype(dtype), self.initial_slots.device
         sums = torch.zeros(documents, self.num_slots, dtype=carried, device=device)
@@ -213,26 +255,30 @@ class Workspace(Mixer):
         slots = torch.where(begins, self.initial_slots.to(state.slots.dtype), state.slots)
         return WorkspaceState(slots, state.largest, state.mass, state.gathered, state.position)
 
-    def _read(self, rows: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, tokens, d_model) inputs of n segments and their slots (n, num_slots, d_model): outputs and gates."""
+    def _read_gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.read_gate(x).squeeze(-1) - 2)
+
+    def _write_gate(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.write_gate(x).squeeze(-1) - 1)
+
+    def _read(self, rows: Tensor, slots: Tensor, gate: Tensor) -> Tensor:
+        """What rows (..., tokens, d_model) with their gates (..., tokens) read in slots (..., num_slots, d_model)."""
         normed = rms_norm(slots, (self.d_model,)).to(rows.dtype)
         key, value = self.read_key(normed), self.read_value(normed)
         logits = self.read_query(rows) @ key.mT / math.sqrt(self.rank)
         read = logits.softmax(-1, dtype=state_dtype(rows.dtype)).to(value.dtype) @ value
-        gate = torch.sigmoid(self.read_gate(rows) - 2)
-        return gate * self.read_out(read), gate.squeeze(-1)
+        return gate[..., None] * self.read_out(read)
 
-    def _write(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (..., slots) and gated values (..., rank) in float32, and the gates."""
+    def _write(self, rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (..., slots) and gated values (..., rank) in float32, of rows with their gates."""
         dtype = state_dtype(rows.dtype)
         key = self.write_key(rows).to(dtype)
         with torch.autocast(rows.device.type, enabled=False):
             score = key @ self.addresses.to(dtype).T / math.sqrt(self.rank)
-        gate = torch.sigmoid(self.write_gate(rows) - 1)
-        return score, (gate * self.write_value(rows)).to(dtype), gate.squeeze(-1)
+        return score, (gate[..., None] * self.write_value(rows)).to(dtype)
 
     def _gather(self, score: Tensor, value: Tensor, held: Tensor | None = None, past: _Sums | None = None) -> _Sums:
-        """The sums of each segment (..., tokens, slots or rank): of its tokens ``held`` (all), after what is ``past``."""
+        """Sums of segments (..., tokens, slots or rank): over the tokens ``held`` (all), after what is ``past``."""
         if held is not None:
             score = score.masked_fill(~held[..., None], _FLOOR)
         largest = score.amax(-2) if past is None else torch.maximum(score.amax(-2), past.largest)
@@ -248,14 +294,16 @@ class Workspace(Mixer):
         scale = (past.largest - largest).exp()
         return _Sums(largest, mass + scale * past.mass, gathered + scale[..., None] * past.gathered)
 
-    def _update(self, sums: _Sums, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - z (n, slots) and z candidate (n, slots, d_model); z = 0 for a segment that is not whole."""
+    def _update(self, sums: _Sums, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """1 - z (..., slots) and z candidate (..., slots, d_model); z = 0 for a segment that is not ``whole``."""
         mass = sums.mass.clamp_min(torch.finfo(sums.mass.dtype).tiny)
         evidence = sums.largest + mass.log() - math.log(self.segment)
         # A stable sort: equal evidence gives the same slots (the first) in every shape and on every device.
         best = evidence.sort(dim=-1, descending=True, stable=True).indices[..., : self.active]
         chosen = torch.zeros_like(evidence).scatter(-1, best, 1.0)
-        z = torch.sigmoid(evidence - 2) * chosen * whole[:, None]
+        z = torch.sigmoid(evidence - 2) * chosen
+        if whole is not None:
+            z = z * whole[..., None]
         with torch.autocast(mass.device.type, enabled=False):
             candidate = (sums.gathered / mass[..., None]) @ self.write_out.weight.to(mass.dtype).T
         return 1 - z, z[..., None] * candidate
@@ -284,6 +332,14 @@ class Workspace(Mixer):
             pick(sums.gathered, before.gathered, 0.0),
             before.position + lengths,
         )
+
+
+def _cut(tokens: Tensor, size: int) -> Tensor:
+    """(batch, length, ...) as (batch, ceil(length / size), size, ...), with zeros behind the end."""
+    count = -(-tokens.shape[1] // size)
+    if tokens.shape[1] < count * size:
+        tokens = pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, count * size - tokens.shape[1]))
+    return tokens.unflatten(1, (count, size))
 
 
 def _open_segments(before: WorkspaceState, blocks: AlignedBlocks, segment: int) -> _Sums:
