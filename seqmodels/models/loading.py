@@ -1,4 +1,4 @@
-"""Models on disk: ``config.yaml`` beside ``model.safetensors``.
+"""Models on disk: ``config.yaml`` beside ``model.safetensors``, and ``parts.yaml`` where not every part runs.
 
 Three folders are understood: one written by :func:`save_model`, a training run (its newest
 checkpoint is taken), and a single checkpoint of a run. In each, ``config.yaml`` has the model's
@@ -7,6 +7,7 @@ configuration under ``model`` and the tokenizer's name under ``data.tokenizer``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,12 @@ from torch import Tensor
 from seqmodels.configuration import convert, dump_yaml, load_yaml
 from seqmodels.models.config import ModelConfig
 from seqmodels.models.language_model import LanguageModel
+from seqmodels.models.running_parts import RunningParts, running_parts, set_running_parts
 
 WEIGHTS = "model.safetensors"
+PARTS = "parts.yaml"
+
+_logger = logging.getLogger(__name__)
 
 
 class ModelFolderError(RuntimeError):
@@ -60,6 +65,14 @@ def load_model(
     config = convert(data["model"], ModelConfig, "model")
     model = LanguageModel(config)
     load_weights(model, weights)
+    parts = weights.with_name(PARTS)
+    if parts.is_file():
+        running = convert(load_yaml(parts), RunningParts, PARTS)
+        set_running_parts(model, running)
+        _logger.warning(
+            "%s runs as it was trained until then: %s (%s); set_running_parts(model, RunningParts()) runs all of it",
+            weights.parent, running, running.source or PARTS,
+        )  # fmt: skip
     return LoadedModel(model.to(device=device, dtype=dtype).eval(), tokenizer_name(folder), weights)
 
 
@@ -76,6 +89,11 @@ def save_model(model: LanguageModel, path: str | Path, *, tokenizer: str = "byte
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS)
+    running = running_parts(model)
+    if running.as_configured:
+        (folder / PARTS).unlink(missing_ok=True)
+    else:
+        (folder / PARTS).write_text(dump_yaml(running), encoding="utf-8")
     return folder
 
 

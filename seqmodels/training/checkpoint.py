@@ -6,6 +6,7 @@ A checkpoint is a folder ``step_00000100`` of safetensors and JSON (nothing is p
     optimizer.safetensors   AdamW's moments and step counts by parameter name
     rng.safetensors         random generators, one entry a process
     config.yaml             the run's configuration
+    parts.yaml              which parts run, where that is not all (a curriculum)
     carried_0.safetensors   states that rows go on from, one file a process; where some are carried
     trainer.json            step, data position, sizes of the files above
 
@@ -34,6 +35,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from seqmodels.configuration import dump_yaml
+from seqmodels.models.loading import PARTS
+from seqmodels.models.running_parts import RunningParts
 from seqmodels.training.distributed import Processes
 
 _STEP = re.compile(r"step_(\d{8})")
@@ -74,9 +78,18 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, checkpoint: Checkpoint, config: str, here: Processes, *, keep: int
+    folder: Path,
+    step: int,
+    checkpoint: Checkpoint,
+    config: str,
+    here: Processes,
+    *,
+    keep: int,
+    parts: RunningParts | None = None,
 ) -> Path:
     """Writes ``folder/step_########`` and deletes all but the newest ``keep``. Every process must call it.
+
+    ``parts``: what runs of the model that these weights are of, when that may not be all of it.
 
     Raises:
         CheckpointError: the disk is full or the folder not writable; nothing half-written remains.
@@ -92,6 +105,8 @@ def save_checkpoint(
     def finish() -> None:
         save_file(generators, temporary / "rng.safetensors")
         (temporary / "config.yaml").write_text(config)
+        if parts is not None and not parts.as_configured:
+            (temporary / PARTS).write_text(dump_yaml(parts))
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         (temporary / "trainer.json").write_text(json.dumps({**checkpoint.trainer, "files": sizes}, indent=1))
         for path in temporary.iterdir():

@@ -7,28 +7,17 @@ drawn from the run's seed, and a gate keeps in the weights what its ramp gave it
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from seqmodels.channel import ChunkMoE
-from seqmodels.configuration import ConfigError
-from seqmodels.mixers.base import Mixer
 from seqmodels.models import LanguageModel
-from seqmodels.models.block import Block, Branch, Parallel
+from seqmodels.models.block import Parallel
+from seqmodels.models.running_parts import RunningParts, part_sites, set_running_parts
 from seqmodels.training.curriculum_config import GATE, CurriculumConfig, RampConfig
 
 JUMPS = 8  # of a whole number's ramp
-
-
-class _Site(NamedTuple):
-    """One place of a part in the model: its block, its path there, and the path's gate."""
-
-    block: Block
-    layer: nn.Module
-    gate: nn.Parameter | None
 
 
 class Curriculum:
@@ -44,9 +33,10 @@ class Curriculum:
     def __init__(self, config: CurriculumConfig, model: LanguageModel, steps: int, seed: int) -> None:
         self.stages, self.seed = config.stages, seed
         self.first = config.first_steps(steps)
-        self.sites: dict[str, list[_Site]] = {}
+        self.model = model
+        self.sites = part_sites(model)
         self._parts: dict[str, tuple[str, bool]] = {}  # parameter to its part, and whether it is a gate
-        self._find_sites(model)
+        self._find_parts(model)
         self.staged = {word for stage in self.stages for word in stage.activates}
 
     def stage(self, step: int) -> int:
@@ -56,23 +46,14 @@ class Curriculum:
     def begin(self, step: int) -> None:
         """Makes the model what it is in ``step``; to be called before each."""
         now = self.stage(step)
-        waiting = {word for stage in self.stages[now + 1 :] for word in stage.activates}
-        for word, sites in self.sites.items():
-            dense = word in self.stages[now].dense
-            for site in sites:
-                if isinstance(site.block.layer, Parallel):
-                    (site.block.layer.inactive.add if word in waiting else site.block.layer.inactive.discard)(word)
-                else:
-                    site.block.inactive = word in waiting
-                for layer in _experts(site.layer):
-                    layer.dense = dense
         if step == self.first[now]:
             for word, noise in self.stages[now].copy_expert.items():
-                for layer in {id(layer): layer for site in self.sites[word] for layer in _experts(site.layer)}.values():
+                for layer in {id(layer): layer for site in self.sites[word] for layer in site.experts()}.values():
                     self._copy_expert(layer, noise, now)
         for number, stage in enumerate(self.stages[: now + 1]):
             for ramp in stage.ramps:
                 self._move(ramp, step - self.first[number])
+        set_running_parts(self.model, self._running(step))
 
     def part(self, name: str) -> tuple[str, bool]:
         """The part that a parameter belongs to ("" for what always runs), and whether it is a gate."""
@@ -114,6 +95,22 @@ class Curriculum:
                 values[word] = gates
         return values
 
+    def _running(self, step: int) -> RunningParts:
+        """What runs in ``step``, with the numbers that are still on their way to the configured ones."""
+        now = self.stage(step)
+        numbers: dict[str, dict[str, int | float]] = {}
+        for ramp in (ramp for stage in self.stages[: now + 1] for ramp in stage.ramps if ramp.quantity != GATE):
+            members = [layer for site in self.sites[ramp.part] for layer in site.members()]
+            value = next(getattr(layer, ramp.quantity) for layer in members if hasattr(layer, ramp.quantity))
+            if value != ramp.end:
+                numbers.setdefault(ramp.part, {})[ramp.quantity] = value
+        return RunningParts(
+            waiting=tuple(word for stage in self.stages[now + 1 :] for word in stage.activates),
+            dense=self.stages[now].dense,
+            arguments=numbers,
+            source=f"stage {self.stages[now].name!r}, step {step + 1}",
+        )
+
     def _new(self, now: int) -> set[str]:
         new = set(self.stages[now].activates)
         if now:
@@ -130,7 +127,7 @@ class Curriculum:
                     assert site.gate is not None
                     site.gate.fill_(value)
                 continue
-            for layer in _members(site.layer):
+            for layer in site.members():
                 before = getattr(layer, ramp.quantity, None)
                 if isinstance(before, int):
                     jumps = int(progress * JUMPS) / JUMPS
@@ -151,39 +148,17 @@ class Curriculum:
                 copies = distribute_tensor(copies, weight.device_mesh, weight.placements, src_data_rank=None)
             weight.copy_(copies)
 
-    def _find_sites(self, model: LanguageModel) -> None:
-        owner: dict[int, str] = {}
-        for index, spec in zip(model.backbone.order, model.backbone.specs, strict=True):
-            block = model.backbone.blocks[index]
-            assert isinstance(block, Block)
-            for path in spec.paths:
-                word = path.word
-                if isinstance(block.layer, Parallel):
-                    number = block.layer.words.index(word)
-                    site = _Site(block, block.layer.paths[number], block.layer.gate(word))
-                    places = [f"backbone.blocks.{index}.layer.paths.{number}."]
-                else:
-                    if owner.setdefault(index, word) != word:
-                        raise ConfigError(
-                            f"{spec.where}: {word!r} and {owner[index]!r} share their weights, so a curriculum cannot "
-                            "tell them apart; give them one word"
-                        )
-                    site = _Site(block, block.layer, None)
-                    places = [f"backbone.blocks.{index}."]
-                self.sites.setdefault(word, []).append(site)
+    def _find_parts(self, model: LanguageModel) -> None:
+        for word, sites in self.sites.items():
+            for site in sites:
+                place = f"backbone.blocks.{site.index}."
+                if isinstance(site.block.layer, Parallel):
+                    place += f"layer.paths.{site.block.layer.words.index(word)}."
                 for name, parameter in model.named_parameters():
-                    if any(name.startswith(place) for place in places):
+                    if name.startswith(place):
                         self._parts[name] = (word, False)
                     elif parameter is site.gate:
                         self._parts[name] = (word, True)
-
-
-def _members(layer: nn.Module) -> list[Mixer]:
-    return layer.members() if isinstance(layer, Branch) else [layer] if isinstance(layer, Mixer) else []
-
-
-def _experts(layer: nn.Module) -> list[ChunkMoE]:
-    return [member for member in _members(layer) if isinstance(member, ChunkMoE)]
 
 
 def _whole(tensor: Tensor) -> Tensor:

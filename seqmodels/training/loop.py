@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from seqmodels.configuration import dump_yaml
 from seqmodels.mixers.base import Mixer
 from seqmodels.models import LanguageModel
+from seqmodels.models.running_parts import running_parts
 from seqmodels.tasks.text import PackedText, TextBatch
 from seqmodels.training.checkpoint import (
     Checkpoint,
@@ -270,6 +271,7 @@ class Trainer:
             dump_yaml(self.config),
             self.here,
             keep=self.config.checkpoint.keep,
+            parts=running_parts(self.model),
         )
 
     def _restore(self, path: Path) -> None:

@@ -13,10 +13,13 @@ from training_cases import tiny_config, tiny_data
 
 from seqmodels.channel import ChunkMoE
 from seqmodels.configuration import ConfigError
-from seqmodels.models import LanguageModel
+from seqmodels.models import LanguageModel, load_model, save_model
+from seqmodels.models.running_parts import RunningParts, running_parts, set_running_parts
 from seqmodels.training.config import TrainConfig, convert_train_config, load_train_config
 from seqmodels.training.curriculum import Curriculum
+from seqmodels.training.data import load_text
 from seqmodels.training.loop import train
+from seqmodels.training.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train"
 MODEL = {
@@ -48,6 +51,9 @@ STAGES: list[dict[str, Any]] = [
     },
     {"name": "memories", "share": 0.25, "activates": ["workspace", "memory"], "older_factor": 0.0, "older_steps": 1},
 ]  # fmt: skip
+
+
+EVERY: dict[str, Any] = {"checkpoint": {"every": 1, "keep": 100}, "validate_every": 1}
 
 
 def config(folder: Path, stages: Any = STAGES, **changes: Any) -> TrainConfig:
@@ -167,13 +173,13 @@ def test_what_does_not_run_does_not_move(tmp_path: Path) -> None:
     assert gates[4] == [pytest.approx(0.1)]
 
 
-@pytest.mark.parametrize("stopped", [2, 4, 6, 7, 10])
+@pytest.mark.parametrize("stopped", [4, 6, 7, 10])
 def test_going_on_in_the_middle_of_a_stage_is_bit_exact(tmp_path: Path, stopped: int, whole_run: Path) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if int(path.name[5:]) > stopped:
             shutil.rmtree(path)
-    train(config(whole_run.parent, checkpoint={"every": 1, "keep": 100}), tmp_path / "run", resume=True)
+    train(config(whole_run.parent, **EVERY), tmp_path / "run", resume=True)
     for name in ("model", "optimizer"):
         place = f"checkpoints/step_00000012/{name}.safetensors"
         ours, theirs = load_file(tmp_path / "run" / place), load_file(whole_run / place)
@@ -184,7 +190,53 @@ def test_going_on_in_the_middle_of_a_stage_is_bit_exact(tmp_path: Path, stopped:
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    return train(config(folder, checkpoint={"every": 1, "keep": 100}), folder / "run").run.path
+    return train(config(folder, **EVERY), folder / "run").run.path
+
+
+@pytest.mark.parametrize(
+    ("step", "waiting", "said"),
+    [
+        (2, ("sparse_attention", "workspace", "memory"), "expert 0 alone in experts"),
+        (6, ("workspace", "memory"), "sparse_attention.num_globals=8"),
+        (7, ("workspace", "memory"), "experts.temperature=2"),
+        (12, (), ""),
+    ],
+)
+def test_a_checkpoint_is_loaded_as_it_was_trained(
+    step: int, waiting: tuple[str, ...], said: str, whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The held-out loss of the loaded model is that which the run itself measured at the step."""
+    folder = whole_run / "checkpoints" / f"step_{step:08d}"
+    loaded = load_model(folder)
+    running = running_parts(loaded.model)
+    assert running.waiting == waiting
+    assert said in caplog.text
+    assert bool(caplog.records) == bool(said)
+    assert (folder / "parts.yaml").exists() == bool(said)
+    made = RunFolder(whole_run).config()
+    text = load_text(made.data, seed=made.seed, vocab_size=256).validation
+    assert text is not None
+    batch = text.batch(0, min(8, text.rows_per_epoch))
+
+    def loss(model: LanguageModel) -> float:
+        output = model.loss(batch.tokens, batch.targets, layout=batch.layout())
+        return float(output.cross_entropy / output.num_targets)
+
+    measured = {row["step"]: row["validation_loss"] for row in RunFolder(whole_run).rows() if "validation_loss" in row}
+    assert loss(loaded.model) == pytest.approx(measured[step], rel=1e-6)  # a mean over batches of 4 rows
+    again = load_model(save_model(loaded.model, tmp_path / "saved")).model
+    assert loss(again) == loss(loaded.model)
+    if said:
+        set_running_parts(loaded.model, RunningParts())
+        assert loss(loaded.model) != pytest.approx(measured[step], rel=1e-6)
+
+
+def test_parts_that_the_model_does_not_have_are_refused() -> None:
+    model, _ = make()
+    with pytest.raises(ConfigError, match=r"no part 'memroy'. Did you mean memory"):
+        set_running_parts(model, RunningParts(waiting=("memroy",)))
+    with pytest.raises(ConfigError, match="no layer of 'memory' has a number 'temprature'"):
+        set_running_parts(model, RunningParts(arguments={"memory": {"temprature": 2.0}}))
 
 
 def test_only_what_has_not_learned_may_lack_moments() -> None:

@@ -142,8 +142,8 @@ def test_refusals(changes: dict, message: str) -> None:
 def test_a_prefix_model_goes_on_from_nothing(key: str) -> None:
     model = {"vocab_size": 257, "d_model": 8, "pattern": "prefix_linear_attention", "objective": "prefix"}
     model |= {"prefix_length": 8, "layers": {"prefix_linear_attention": {"num_heads": 2, "feature_dim": 4}}}
+    changes: dict[str, Any] = {key: 2 if "windows" in key else True}
     with pytest.raises(ConfigError, match=f"the run: {key} is for causal models"):
-        changes: dict[str, Any] = {key: 2 if "windows" in key else True}
         config(stages=None, model=model, **changes)
     with pytest.raises(ConfigError, match=r"prefix_length=8 leaves no next token.*sequence_length=8"):
         config(stages=[{"name": "a", "share": 1.0, "sequence_length": 8}], model=model)
