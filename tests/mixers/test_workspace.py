@@ -43,7 +43,7 @@ def by_definition(layer: Workspace, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("length", [3, 4, 23])
+@pytest.mark.parametrize("length", [3, 4, 8, 23])
 def test_scan_is_the_loop_with_gradients(length):
     layer = make()
     x = torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True)
@@ -72,6 +72,94 @@ def test_the_first_segment_reads_the_initial_slots_alone_and_later_ones_reach_it
         assert grad.abs().max() > 0, name
         (early,) = torch.autograd.grad(layer(x).y[:, :4].sum(), weight, materialize_grads=True)
         assert early.abs().max() == 0, name
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 8, 11])
+def test_rows_that_begin_documents_need_no_tables(length):
+    """Sliced segments (no state given) and gathered ones (a new state given) are the same layer."""
+    layer = make()
+    x = torch.randn(2, length, 6, dtype=torch.float64)
+    sliced = layer(x, return_state=True)
+    gathered = layer(x, layer.init_state(2, dtype=torch.float64), return_state=True)
+    torch.testing.assert_close(sliced.y, gathered.y, rtol=1e-12, atol=1e-13)
+    for (name, one), (_, two) in zip(sliced.state.tensors(), gathered.state.tensors(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13, msg=name)
+    for name, value in sliced.aux.items():
+        torch.testing.assert_close(value, gathered.aux[name], rtol=1e-12, atol=0, msg=name)
+
+
+def test_every_weight_meets_a_gradient_where_no_segment_is_read():
+    """Data-parallel training waits for all of them; those of the writes are zeros."""
+    layer = make()
+    layer(torch.randn(1, 3, 6, dtype=torch.float64)).y.sum().backward()
+    grads = {name: weight.grad for name, weight in layer.named_parameters()}
+    assert all(grad is not None for grad in grads.values())
+    assert {name for name, grad in grads.items() if not grad.any()} == {
+        "write_key.weight", "write_value.weight", "write_out.weight", "write_gate.weight", "addresses",
+    }  # fmt: skip
+
+
+def test_hand_made_weights_recall_pairs_exactly():
+    """One slot a key: pairs are written as they come, kept over segments without them, and read by their key.
+
+    u is (key, value, 1 for a pair, 1). With scores of +100 for a pair with the slot's key and -100 and less for all
+    others, each softmax and gate is 0 or 1 to within e^-90: the equations can do the task, whatever training finds.
+    """
+    keys, values, segment, segments = 3, 4, 8, 5
+    width, large = keys + values, 200.0
+    d_model = width + 2
+    layer = Workspace(d_model, num_slots=keys, rank=width, active=keys, segment=segment).double()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        content = torch.eye(width, d_model, dtype=torch.float64)  # key and value of u or of a slot
+        layer.read_query.weight[:keys, :keys] = large * torch.eye(keys, dtype=torch.float64)
+        layer.read_key.weight[:keys] = content[:keys]
+        layer.read_value.weight[keys:] = content[keys:] * (2 / d_model) ** 0.5  # of the norm of two ones in d_model
+        layer.read_out.weight.copy_(content.T)
+        layer.read_gate.weight[0, -1] = large
+        layer.write_key.weight[:keys, :keys] = large * torch.eye(keys, dtype=torch.float64)
+        layer.write_key.weight[keys, -2:] = torch.tensor([large, -1.5 * large])  # a pair, a constant
+        layer.addresses[:, :keys] = torch.eye(keys, dtype=torch.float64) * width**0.5
+        layer.addresses[:, keys] = width**0.5
+        layer.write_value.weight.copy_(content)
+        layer.write_out.weight.copy_(content.T)
+        layer.write_gate.weight[0, -1] = large
+    generator = torch.Generator().manual_seed(1)
+    known: dict[int, int] = {}
+    x = torch.zeros(1, segments * segment, d_model, dtype=torch.float64)
+    x[..., -1] = 1
+    asked, answers = [], []
+    for c in range(segments):
+        new = dict.fromkeys(torch.randperm(keys, generator=generator)[: 2 if c % 2 == 0 else 0].tolist())
+        for place, key in enumerate([*known, *new]):
+            t = c * segment + place
+            x[0, t, key] = 1
+            if place < len(known):  # a question, in the segments after the pair's
+                asked.append(t)
+                answers.append(known[key])
+            else:
+                new[key] = int(torch.randint(values, (), generator=generator))
+                x[0, t, keys + new[key]] = x[0, t, -2] = 1
+        known |= new
+    expected = torch.eye(values, dtype=torch.float64)[answers]
+    assert len(answers) >= 10
+    assert len(set(answers)) > 1
+    y = layer(x).y[0, asked]
+    torch.testing.assert_close(y[:, keys:width], expected, rtol=0, atol=1e-9)
+
+
+def test_slots_choose_tokens_from_the_start():
+    """The share of a slot that one of 128 tokens of unit normal inputs has, as the docstring derives it."""
+    torch.manual_seed(0)
+    shares = {}
+    for address_std in (1.0, 8.0):
+        layer = Workspace(64, address_std=address_std)
+        u = torch.randn(32, 128, 64)
+        score, _ = layer._write(u, torch.ones(32, 128))
+        assert score.std().item() == pytest.approx(0.577 * address_std, rel=0.1)  # 1/sqrt(3): nn.Linear's weights
+        shares[address_std] = score.softmax(1).amax(1).median().item()
+    assert shares[1.0] < 0.1 < 0.5 < shares[8.0]
 
 
 def test_slots_go_from_window_to_window_of_a_document_and_start_anew_with_the_next():
@@ -123,3 +211,6 @@ def test_errors():
         make(active=6)
     with pytest.raises(ValueError, match="segment"):
         make(segment=0)
+    for std in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="address_std"):
+            make(address_std=std)
