@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, dict]] = {
     "gated_conv": {"plain": dict(), "wide": dict(expand=1, kernel_size=7)},
     "mamba2": {
         "plain": dict(d_state=8, head_dim=8),
-        "groups": dict(d_state=4, head_dim=8, num_groups=2, d_conv=3),
+        "groups": dict(d_state=4, head_dim=8, num_groups=2, d_conv=3, norm_before_gate=True),
     },
     "mamba3": {
         "siso": dict(d_state=8, head_dim=8),

@@ -92,6 +92,8 @@ def uniform_stack(config: ModelConfig) -> tuple[dict[str, Any], int]:
         raise ConversionError(
             f"norm_epsilon is {config.norm_epsilon}; released code has {EPSILON} and no option for it"
         )
+    if config.meta_tokens:
+        raise ConversionError(f"meta_tokens is {config.meta_tokens}; released models have none")
     blocks = config.block_specs()
     expected = [blocks[0].layers, *([blocks[1].layers] if len(blocks) > 1 and _name(blocks[1]) != "mamba3" else [])]
     for index, block in enumerate(blocks):

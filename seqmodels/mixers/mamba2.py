@@ -39,7 +39,7 @@ class Mamba2(Mixer):
 
         z, xBC, dt' = in_proj(u);   x, B, C = silu(conv1d(xBC));   dt = softplus(dt' + dt_bias)
         S_t = e^{-dt exp(A_log)} S_{t-1} + dt B_t x_t^T,   y_t = C_t S_t + D x_t
-        out = out_proj(RMSNorm(y silu(z)) norm.weight)
+        out = out_proj(RMSNorm(y silu(z)) norm.weight),   or of RMSNorm(y) norm.weight silu(z)
 
     Args:
         d_model: width of the input and output.
@@ -48,6 +48,7 @@ class Mamba2(Mixer):
         expand: inner width over d_model.
         head_dim: P; the number of heads is expand * d_model / P.
         num_groups: G, groups of heads that share B and C, and groups of the norm.
+        norm_before_gate: the second form of ``out``, which hybrids prefer (Mamba-3, arXiv:2603.15569).
         a_range: exp(A_log) starts uniform in it.
         dt_min, dt_max, dt_init_floor: dt starts log-uniform in [dt_min, dt_max], at least the floor.
     """
@@ -67,6 +68,7 @@ class Mamba2(Mixer):
         expand: int = 2,
         head_dim: int = 64,
         num_groups: int = 1,
+        norm_before_gate: bool = False,
         a_range: tuple[float, float] = (1.0, 16.0),
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
@@ -85,6 +87,7 @@ class Mamba2(Mixer):
         if not 0 < a_range[0] <= a_range[1]:
             raise ValueError(f"Mamba2: a_range is {a_range}; expected 0 < low <= high")
         self.head_dim, self.d_state, self.num_groups, self.d_conv = head_dim, d_state, num_groups, d_conv
+        self.norm_before_gate = norm_before_gate
         self.a_range, self.dt_range = tuple(a_range), (dt_min, dt_max, dt_init_floor)
         self.conv_width = self.inner + 2 * num_groups * d_state
         made = {"device": device, "dtype": dtype}
@@ -123,13 +126,13 @@ class Mamba2(Mixer):
         return x.unflatten(-1, (self.num_heads, self.head_dim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
 
     def _normed(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Skip, gate, and norm over each group's heads."""
+        """Skip, gate, and norm over each group's heads, in the order that was asked for."""
         wide = state_dtype(z.dtype)
         y = y.to(wide) + self.D.to(wide)[:, None] * x.to(wide)
-        gated = y.flatten(-2) * F.silu(z.to(wide))
-        grouped = gated.unflatten(-1, (self.num_groups, -1))
+        y, gate = y.flatten(-2), F.silu(z.to(wide))
+        grouped = (y if self.norm_before_gate else y * gate).unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(grouped, grouped.shape[-1:], eps=EPSILON).flatten(-2) * self.norm.weight.to(wide)
-        return normed.to(z.dtype)
+        return (normed * gate if self.norm_before_gate else normed).to(z.dtype)
 
     def forward(
         self,
@@ -198,4 +201,7 @@ class Mamba2(Mixer):
         return super().flops(length) + length * (self.num_heads * a_head + 2 * self.conv_width * self.d_conv)
 
     def extra_repr(self) -> str:
-        return f"d_state={self.d_state}, heads={self.num_heads}x{self.head_dim}, groups={self.num_groups}"
+        return (
+            f"d_state={self.d_state}, heads={self.num_heads}x{self.head_dim}, groups={self.num_groups}, "
+            f"norm_before_gate={self.norm_before_gate}"
+        )

@@ -372,12 +372,17 @@ def test_refuses_other_values(tmp_path: Path, change: dict, message: str) -> Non
         from_released(source, tmp_path / "ours", **CHOICES)
 
 
-def test_refuses_another_epsilon(tmp_path: Path) -> None:
-    config = ModelConfig(
-        vocab_size=16, d_model=16, pattern="mamba3", layers={"mamba3": {"head_dim": 8}}, norm_epsilon=1e-6
-    )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_epsilon": 1e-6}, r"norm_epsilon is 1e-06; released code has 1e-05"),
+        ({"meta_tokens": 2}, r"meta_tokens is 2; released models have none"),
+    ],
+)
+def test_refuses_what_released_code_does_not_know(tmp_path: Path, change: dict, message: str) -> None:
+    config = ModelConfig(vocab_size=16, d_model=16, pattern="mamba3", layers={"mamba3": {"head_dim": 8}}, **change)
     save_model(LanguageModel(config), tmp_path / "model")
-    with pytest.raises(ConversionError, match=r"norm_epsilon is 1e-06; released code has 1e-05"):
+    with pytest.raises(ConversionError, match=message):
         to_released(tmp_path / "model", tmp_path / "released")
 
 

@@ -24,10 +24,12 @@ def test_released_names_and_shapes() -> None:
     }
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_against_the_published_recurrence(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "norm_first"), [(1, False), (2, False), (1, True), (2, True)])
+def test_against_the_published_recurrence(groups: int, norm_first: bool) -> None:
     """Token by token with torch's own convolution and norm: S = exp(dt A) S + dt x B^T, y = S C + D x."""
-    layer = Mamba2(16, d_state=6, head_dim=8, num_groups=groups, dtype=torch.float64, dt_max=1.0)
+    layer = Mamba2(
+        16, d_state=6, head_dim=8, num_groups=groups, norm_before_gate=norm_first, dtype=torch.float64, dt_max=1.0
+    )
     with torch.no_grad():
         for parameter in (layer.D, layer.norm.weight, layer.dt_bias):
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -46,9 +48,10 @@ def test_against_the_published_recurrence(groups: int) -> None:
         state = state * decay[..., None, None]
         state = state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
         outputs.append((state * c[:, t, :, None]).sum(-1) + layer.D[:, None] * x[:, t])
-    gated = torch.stack(outputs, dim=1).flatten(2) * F.silu(z)
-    normed = torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-5) for part in gated.chunk(groups, dim=-1)], dim=-1)
-    expected = layer.out_proj(normed * layer.norm.weight)
+    y = torch.stack(outputs, dim=1).flatten(2)
+    parts = (y if norm_first else y * F.silu(z)).chunk(groups, dim=-1)
+    normed = torch.cat([part * (part.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for part in parts], dim=-1)
+    expected = layer.out_proj(normed * layer.norm.weight * (F.silu(z) if norm_first else 1))
     torch.testing.assert_close(layer(u).y, expected, rtol=1e-12, atol=1e-12)
 
 

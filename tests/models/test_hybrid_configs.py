@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from seqmodels.models import LanguageModel, load_config
+from seqmodels.models import LanguageModel, ModelConfig, load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "models"
 
@@ -107,6 +108,41 @@ def test_mamba3_hybrid() -> None:
     assert model.num_parameters() == count
 
 
-@pytest.mark.parametrize("name", ["jamba-like-52b", "griffin-like-7b", "samba-like-421m", "zamba2-like-2.7b"])
+def test_hymba() -> None:
+    model, d = build("hymba-like-1.5b"), 1600
+    specs = model.backbone.specs
+    windows = [spec.paths[1].layers[0].arguments.get("window") for spec in specs[::2]]
+    assert [site for site, window in enumerate(windows) if window is None] == [0, 15, 31]
+    assert set(windows) == {None, 1024}
+    assert kinds(model) == ["mamba2", "attention", "swiglu"] * 32
+    count = 32 * (mamba2(d, 16) + attention(d, 25, 5, 64) + 3 * d * 5504 + 2 * d) + 32001 * d + d + 128 * d
+    assert model.num_parameters() == count
+    assert abs(count / 1.52e9 - 1) < 0.06  # the original shares the way out of its two paths
+    # Beyond the windows only the three global layers grow; each windowed cache keeps 1024 tokens and the 128.
+    assert model.state_bytes(10_001) - model.state_bytes(10_000) == 3 * 2 * 5 * 64 * 4
+    inner = 2 * d
+    recurrent = 32 * 4 * (3 * (inner + 2 * 16) + inner * 16)
+    caches = 2 * 5 * 64 * 4 * (29 * (1024 + 128) + 3 * (10_000 + 128)) + 32 * 8
+    assert model.state_bytes(10_000) == recurrent + caches
+
+
+def test_every_layer_has_its_own_positions() -> None:
+    """None, half and full rotation in one model: only what has none is blind to the order of earlier tokens."""
+    words = {"none": 0.0, "half": 0.5, "full": 1.0}
+    layers = {word: {"layer": "attention", "num_heads": 2, "rotary_fraction": part} for word, part in words.items()}
+    together = LanguageModel(ModelConfig(vocab_size=9, d_model=16, pattern="none half full", layers=layers))
+    assert [layer.rotary_dim for layer in together.backbone.layers()] == [0, 4, 8]
+    order = torch.tensor([[2, 0, 3, 1, 4]])
+    ids = torch.tensor([[5, 1, 7, 2, 3]])
+    for word in words:
+        torch.manual_seed(0)
+        model = LanguageModel(ModelConfig(vocab_size=9, d_model=16, pattern=word, layers=layers), dtype=torch.float64)
+        last, other = (model(text).logits[0, -1] for text in (ids, ids.gather(1, order)))
+        assert torch.allclose(last, other, rtol=1e-12, atol=1e-14) == (word == "none")
+
+
+@pytest.mark.parametrize(
+    "name", ["hymba-like-1.5b", "jamba-like-52b", "griffin-like-7b", "samba-like-421m", "zamba2-like-2.7b"]
+)
 def test_files_say_what_differs(name: str) -> None:
     assert "# Other than the original: " in (FOLDER / f"{name}.yaml").read_text()
