@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evals.recall import figures, real_text
 from evals.recall.published import BASED_POINTS, SOURCES, published
+from evals.recall.suites import TUNING_SUFFIX
 from evals.recall.summary import SUITE, Point, collect, judge, summarise
 from evals.results import latest, markdown_table, read
 
+SHOWN_COMMITS = 4
 RATIO = "examples_per_second_ratio"
 PROCESSOR_RATIO = "examples_per_processor_second_ratio"
 
@@ -45,13 +47,24 @@ def _suite_page(suite: str, points: list[Point], rows: Sequence[Mapping[str, Any
     machines, commits = ({run.row[name] for run in runs} for name in ("machine", "commit"))
     hours = sum(run.about["seconds"] for run in runs) / 3600
     versions = runs[0].row["versions"]
+    searched = suite.endswith(TUNING_SUFFIX)
+    name = suite.removesuffix(TUNING_SUFFIX)
+    if searched:
+        yield from (
+            f"## Learning rates of suite {name}",
+            "",
+            f"The search for stored learning rates and layers' arguments, with a seed and a test set that suite {name} "
+            "does not measure with.",
+            "",
+        )
+    else:
+        yield from (f"## Suite {suite}", "")
     yield from (
-        f"## Suite {suite}",
-        "",
-        f"Measured by `python -m evals.recall --suite {suite} --out DIR`, page by `--report DIR`: {len(runs)} runs, "
+        f"Measured by `python -m evals.recall --suite {name}{' --rates RATE ...' if searched else ''} --out DIR`, "
+        f"page by `--report DIR`: {len(runs)} runs, "
         f"{hours:.2f} hours of single processes, {min(run.row['time'] for run in runs)[:10]} to "
-        f"{max(run.row['time'] for run in runs)[:10]}. {'; '.join(sorted(machines))}. Commit "
-        f"{', '.join(sorted(commits))}. " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"{max(run.row['time'] for run in runs)[:10]}. {'; '.join(sorted(machines))}. "
+        f"{_commits(commits)}. " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
     )
     use = [row for row in latest(rows) if row["case"] == f"{suite}/sweep" and row["metric"] == "core_use"]
@@ -66,6 +79,10 @@ def _suite_page(suite: str, points: list[Point], rows: Sequence[Mapping[str, Any
     for point in points:
         plans.setdefault(point.plan, []).append(point)
     whole = {name: some for name, some in plans.items() if "[" not in name}
+    if searched:
+        for plan, some in whole.items():
+            yield from _tried(plan, some)
+        return
     figure = f"{suite}.png"
     figures.draw(whole, target / figure, BASED_POINTS if suite == "based" else None)
     yield from (f"![accuracy against state bytes and tokens per second, suite {suite}]({figure})", "")
@@ -87,6 +104,12 @@ def _suite_page(suite: str, points: list[Point], rows: Sequence[Mapping[str, Any
         source = SOURCES[suite]
         yield f"* Published numbers: {source.title}{', read off a plot (to about 0.02)' if source.from_plot else ''}."
     yield ""
+
+
+def _commits(commits: Collection[str]) -> str:
+    if len(commits) > SHOWN_COMMITS:
+        return f"{len(commits)} commits, which the rows name"
+    return f"Commit {', '.join(sorted(commits))}"
 
 
 def _plan(suite: str, plan: str, points: Sequence[Point]) -> Iterator[str]:
@@ -111,6 +134,26 @@ def _plan(suite: str, plan: str, points: Sequence[Point]) -> Iterator[str]:
         "mean over seeds, +- half the distance from the worst to the best.",
         "",
     )
+
+
+def _tried(plan: str, points: Sequence[Point]) -> Iterator[str]:
+    """A column a rate: the accuracy of each arm at it, with the arguments of its layer."""
+    rates = sorted({run.cell["learning_rate"] for point in points for run in point.runs})
+    yield from (f"### {plan}", "")
+    yield from markdown_table(
+        ["arm", "arguments", *(f"{rate:g}" for rate in rates)],
+        ([point.arm, _arguments(point), *(_scores(point, rate) for rate in rates)] for point in points),
+    )
+    yield ""
+
+
+def _arguments(point: Point) -> str:
+    cell = point.about["cell"]
+    return ", ".join(f"{name}={value}" for name, value in cell["layers"][cell["layer"]].items())
+
+
+def _scores(point: Point, rate: float) -> str:
+    return " ".join(f"{run.score:.3f}" for run in point.runs if run.cell["learning_rate"] == rate)
 
 
 def _test_columns(task: str, tests: Sequence[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from seqmodels.tasks.recall.registry import row_length, task_named
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "recall"
 NOT_SUITES = ("layers",)
 TUNING_SEED = 1000  # seeds from here on choose learning rates: suites measure with others
+TUNING_SUFFIX = "_rates"  # of the name of a suite whose rates were tried
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[float, Meta(ge=0)]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from evals.recall.suites import TUNING_SEED, Cell, Grid, Suite, grid_cells
+from evals.recall.suites import TUNING_SEED, TUNING_SUFFIX, Cell, Grid, Suite, grid_cells
 
 
 def tuning_cells(name: str, suite: Suite, rates: Sequence[float]) -> list[Cell]:
     """Every arm and task of ``suite`` at each of ``rates``, with one seed that no suite measures.
 
     The seed draws another start, other training examples and another test set than the suite's, and the runs carry
-    the name ``NAME_rates``, so that a page keeps them apart.
+    the name NAME_rates, so that a page keeps them apart.
 
     Raises:
         ValueError: a rate that is not above 0.
@@ -30,5 +30,5 @@ def tuning_cells(name: str, suite: Suite, rates: Sequence[float]) -> list[Cell]:
     }
     return [
         msgspec.structs.replace(cell, seed=cell.seed + TUNING_SEED, control=None)
-        for cell in grid_cells(f"{name}_rates", msgspec.structs.replace(suite, tasks=plans))
+        for cell in grid_cells(name + TUNING_SUFFIX, msgspec.structs.replace(suite, tasks=plans))
     ]

@@ -634,6 +634,19 @@ def test_page(tmp_path):
         write_report(tmp_path / "page", [tmp_path / "nothing"])
 
 
+def test_tried_rates_are_columns(tmp_path):
+    suite, _ = tiny(tmp_path)
+    results = Results(tmp_path / "out", "recall")
+    for cell in tuning_cells("tiny", suite, [1e-3, 1e-2]):
+        runner.write_rows(results, cell, outcome(0.25 if cell.learning_rate == 1e-3 else 0.75))
+    page = write_report(tmp_path / "page", [tmp_path / "out"]).read_text()
+    assert "## Learning rates of suite tiny" in page
+    assert "--suite tiny --rates RATE ... --out DIR" in page
+    assert "| arm | arguments | 0.001 | 0.01 |" in page
+    assert "| attention | num_heads=1, rotary_fraction=0.0 | 0.250 | 0.750 |" in page
+    assert list((tmp_path / "page").glob("*.png")) == []
+
+
 def test_set_disjointness_is_shown_by_the_order_of_its_lists(tmp_path):
     data = edited("tasks", {"set_disjointness": {
         "train": [{"count": 8, "settings": {"first": 2, "second": 3}}],
