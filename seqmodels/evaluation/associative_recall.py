@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqmodels.evaluation.codec import sample_tokens
 from seqmodels.evaluation.text_model import Pair, TextModel, fingerprint
 from seqmodels.tasks.associative_recall_hits import DEFINITIONS, HitLoss, Slice, repeat_distances, slice_order
 from seqmodels.tasks.bigrams import BigramCounter, pair_keys
 from seqmodels.tasks.corpus import CorpusError, Document
 
-_SAMPLE = "The quick brown fox, née Ünïcode, jumped 1,250 times over\n\tlazy_dogs(); -- naïve 北京 🦊 don't"
 GROUP = 64  # contexts between two lines of progress
 PART = 1 << 22  # bytes of a document that are encoded at a time
 
@@ -97,7 +97,7 @@ def _texts(content: bytes) -> Iterator[bytes]:
 
 def tokenizer_mark(model: TextModel) -> str:
     """Differs between tokenizers that split or number a few lines of text differently."""
-    return fingerprint(str([model.prefix_token, *model.encode(_SAMPLE)]))
+    return fingerprint(str([model.prefix_token, *sample_tokens(model)]))
 
 
 def count_bigrams(

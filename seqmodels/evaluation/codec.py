@@ -11,6 +11,13 @@ from seqmodels.models.loading import tokenizer_name
 from seqmodels.tasks.real_text import Codec
 from seqmodels.tasks.tokenizer import Tokenizer, load_tokenizer
 
+_SAMPLE = "The quick brown fox, née Ünïcode, jumped 1,250 times over\n\tlazy_dogs(); -- naïve 北京 🦊 don't"
+
+
+def sample_tokens(codec: Codec) -> list[int]:
+    """Differs between tokenizers that split or number a few lines of text differently."""
+    return codec.encode(_SAMPLE)
+
 
 class RunCodec:
     """Text and token ids of our own models."""

@@ -134,7 +134,8 @@ class SeqmodelsLM(LM):
         before, rest = [*self.model.front, *tokens[:inside]], tokens[inside:]
         before = before or [self._prefix()]
         if self.model.max_length is not None:
-            before = before[max(0, len(before) + len(rest) - 1 - self.model.max_length) :]
+            # Of a continuation that is too long one token of context is left; the model refuses it by its length.
+            before = before[min(len(before) - 1, max(0, len(before) + len(rest) - 1 - self.model.max_length)) :]
         return before, rest
 
     def _prefix(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmodels.evaluation.codec import HuggingFaceCodec, loading
+from seqmodels.evaluation.codec import HuggingFaceCodec, loading, sample_tokens
 from seqmodels.evaluation.text_model import (
     Pair,
     TokenScores,
@@ -51,13 +51,16 @@ class HuggingFaceTextModel(HuggingFaceCodec):
         self.name = f"hf:{path}"
         weights = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin"))
         commit = str(getattr(self.model.config, "_commit_hash", None) or "")
-        self.identity = fingerprint(*weights, commit, str(tokenizer or path) if commit else "", str(self.model.dtype))
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.prefix_token: int | None = bos if bos is not None else eos
         # A single token shows what stands in front of a text.
         plain, special = self.encode("a"), self.tokenizer.encode("a")
         self.front: list[int] = (
             special[: len(special) - len(plain)] if special[len(special) - len(plain) :] == plain else []
+        )
+        named = str(tokenizer or path) if commit else ""  # of a folder the content counts: a copy is the same model
+        self.identity = fingerprint(
+            *weights, commit, named, str([self.front, sample_tokens(self)]), str(self.model.dtype)
         )
         length = getattr(self.model.config, "max_position_embeddings", None)
         self.max_length: int | None = length if isinstance(length, int) and length > 0 else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from seqmodels.evaluation.codec import RunCodec
+from seqmodels.evaluation.codec import RunCodec, sample_tokens
 from seqmodels.evaluation.text_model import (
     Pair,
     TokenScores,
@@ -52,7 +52,9 @@ class RunTextModel(RunCodec):
         self.generator = TextGenerator(self.model, self.tokenizer)
         self.batch_size = batch_size
         self.name = str(path)
-        self.identity = fingerprint(loaded.weights, self.tokenizer.name, str(next(self.model.parameters()).dtype))
+        self.identity = fingerprint(
+            loaded.weights, self.tokenizer.name, str(sample_tokens(self)), str(next(self.model.parameters()).dtype)
+        )
         self.front = [self.tokenizer.separator]
         self.prefix_token: int | None = self.tokenizer.separator
         self.max_length: int | None = None

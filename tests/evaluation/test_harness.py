@@ -114,6 +114,8 @@ def test_hugging_face_windows_predict_every_token_once(lm, monkeypatch):
     assert all(len(context) + len(rest) - 1 <= 7 for context, rest in windows)
     context, rest = lm._pair("0123456789", "ab")
     assert (context, rest) == (list(b"456789"), list(b"ab"))
+    context, rest = lm._pair("0123456789", "abcdefghijkl")  # too long by itself: refused by its length, never empty
+    assert (context, rest) == (list(b"9"), list(b"abcdefghijkl"))
 
 
 def test_no_token_for_an_empty_context(lm, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +122,27 @@ def test_refusals(name):
     if model.prefix_token is None:
         with pytest.raises(ValueError, match="a prompt has no token"):
             model.generate([""], max_new_tokens=5)
+
+
+def test_identity_is_of_weights_and_tokenizer_wherever_they_lie(name, tmp_path):
+    folder, copy = Path(name.removeprefix("hf:")), tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert open_text_model(f"hf:{copy}").identity == open_text_model(name).identity
+    settings = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(settings.replace("WhitespaceSplit", "Whitespace"))
+    assert open_text_model(f"hf:{copy}").identity != open_text_model(name).identity
+
+
+def test_what_is_no_model_is_one_clear_error(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer '.*empty' .*expected a folder, or a name"):
+        open_text_model(f"hf:{tmp_path / 'empty'}")
+    saved_tokenizer(tmp_path / "words", bos=True)  # a tokenizer without a model
+    with pytest.raises(ValueError, match=r"cannot load the causal language model '.*words' .*expected a folder"):
+        open_text_model(f"hf:{tmp_path / 'words'}")
+
+    def unreachable(*_args, **_options):
+        raise OSError("We couldn't connect to the hub\nand more lines")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(ValueError, match=r"'gpt2' \(OSError: We couldn't connect to the hub\); expected .* reachable"):
+        open_text_model("hf:gpt2")

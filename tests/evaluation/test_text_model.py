@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from seqmodels.evaluation import run_model
 from seqmodels.evaluation.real_text import evaluate_recall
 from seqmodels.evaluation.records import Records
-from seqmodels.evaluation.text_model import by_length, open_text_model
+from seqmodels.evaluation.text_model import by_length, open_text_model, scores_of
 from seqmodels.layout import Layout
 from seqmodels.models import LanguageModel, ModelConfig, save_model
 
@@ -112,6 +114,18 @@ def test_pairs_without_tokens_are_refused(run):
     for pair in (([], [1]), ([1], [])):
         with pytest.raises(ValueError, match="at least one of each"):
             model.log_likelihoods([pair])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_of_logits(dtype):
+    logits = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 3.0, 2.0], [-1e4, 0.0, -1e4]], dtype=dtype)
+    log_probs, greedy = scores_of(logits, torch.tensor([0, 1, 1, 1]))
+    expected = [-math.log(3), -math.log(3), 3 - math.log(math.e + math.e**2 + math.e**3), 0.0]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-15 if dtype == torch.float64 else 1e-6)
+    assert log_probs.dtype == np.float64
+    assert greedy.tolist() == [True, False, True, True]  # of equal logits the lowest id is the most likely
+    for array in scores_of(logits[:0], torch.zeros(0, dtype=torch.int64)):
+        assert array.shape == (0,)
 
 
 def test_names(run, tmp_path):

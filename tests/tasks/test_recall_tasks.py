@@ -162,10 +162,18 @@ def test_induction_heads():
         assert tokens[at + 1] != 5
     assert set(places) == set(range(length - 2))
     assert all(near(seen, count, 1 / (length - 2)) for seen in places.values())
+    # Every other token is uniform over the other ids, the answer too.
+    for ids in (examples.tokens[examples.tokens != 5], examples.targets[:, -1]):
+        assert all(near(seen, ids.size, 1 / 5) for seen in np.bincount(ids, minlength=5))
 
 
 def test_toy_induction():
-    for tokens, target in rows(toy_induction(200, length=32, vocab_size=20, seed=2)):
+    examples = toy_induction(200, length=32, vocab_size=20, seed=2)
+    listed = np.bincount(examples.tokens[:, :16].ravel(), minlength=20)
+    assert all(near(seen, 200, 16 / 20) for seen in listed)  # each id is listed in 16 of 20 examples
+    places = Counter(tokens[:16].index(x) for tokens, _ in rows(examples) for x in tokens[16::2])
+    assert all(near(places[place], 200, 8 / 15) for place in range(15))  # asked in 8 of 15
+    for tokens, target in rows(examples):
         listed = tokens[:16]
         assert len(set(listed)) == 16
         pairs = list(zip(tokens[16::2], tokens[17::2], strict=True))
@@ -185,6 +193,8 @@ def test_selective_copying():
         assert asked(target) == list(zip(range(length, length + data), said, strict=True))
     for seen in (examples.tokens[:, :length] != 0).sum(0):
         assert near(seen, count, data / length)
+    said = examples.targets[:, length:]
+    assert all(near(seen, said.size, 1 / 3) for seen in np.bincount(said.ravel(), minlength=4)[1:4])
 
 
 @pytest.mark.parametrize(
@@ -249,6 +259,20 @@ def test_mad_recall_by_reading(noise):
     assert near(noisy, 400 * 19, noise * 18 / 19, sigmas=6)
 
 
+def test_mad_recall_draws_are_uniform():
+    examples = in_context_recall(2000, length=12, vocab_size=8, seed=1)
+    keys, values = examples.tokens[:, 0:-1:2], examples.tokens[:, 1::2]
+    assert all(near(seen, keys.size, 1 / 4) for seen in np.bincount(keys.ravel(), minlength=4))
+    firsts = np.bincount(values[:, 0], minlength=8)  # one value an example: later ones repeat it
+    assert firsts[:4].sum() == 0
+    assert all(near(seen, 2000, 1 / 4) for seen in firsts[4:])
+    copied = mad_selective_copying(2000, length=20, data=4, vocab_size=8, seed=5).targets[:, -4:]
+    assert all(near(seen, copied.size, 1 / 6) for seen in np.bincount(copied.ravel(), minlength=6))
+    noisy = noisy_recall(2000, length=12, vocab_size=12, noise_vocab_size=4, noise=0.5, seed=1).tokens
+    noise = noisy[noisy >= 8]
+    assert all(near(seen, noise.size, 1 / 4) for seen in np.bincount(noise, minlength=12)[8:])
+
+
 def test_mad_recall_probe_is_any_shown_key():
     examples = in_context_recall(20_000, length=6, vocab_size=4, seed=1, split="test")
     both = (examples.tokens[:, 0] != examples.tokens[:, 2]).nonzero()[0]
@@ -300,6 +324,14 @@ def test_fuzzy_recall_by_reading(split):
         if split == "test":
             assert asked(target) == expected
     assert set(sizes) == ({3} if split == "test" else {1, 2, 3})
+    # Of the first pair, which is always shown, sizes are uniform and so is each motif's first token.
+    if split == "train":
+        motifs = [parse_fuzzy(tokens, target[-1], 4, 4)[0] for tokens, target in rows(examples)]
+        for place in (0, 1):
+            assert all(near(sum(len(pair[place]) == n for pair in motifs), 300, 1 / 3) for n in (1, 2, 3))
+            heads = Counter(pair[place][0] for pair in motifs)
+            assert len(heads) == 4
+            assert all(near(seen, 300, 1 / 4) for seen in heads.values())
 
 
 def test_mad_selective_copying():
@@ -323,6 +355,7 @@ def test_compression_and_memorization():
     assert (examples.tokens == examples.targets).all()
     assert (examples.tokens[:, -1] == 4).all()
     assert set(np.unique(examples.tokens[:, :-1])) == {0, 1, 2, 3}
+    assert all(near(seen, 200 * 9, 1 / 4) for seen in np.bincount(examples.tokens[:, :-1].ravel()))
     one, other = (memorization(200, length=10, vocab_size=20, seed=seed) for seed in (5, 6))
     for found in (one, other):
         assert (found.tokens[:, 1::2] == 19).all()
@@ -330,6 +363,7 @@ def test_compression_and_memorization():
     books = [dict(zip(e.tokens[:, 0::2].flat, e.targets[:, 1::2].flat, strict=True)) for e in (one, other)]
     assert books[0] == books[1]
     assert set(books[0]) == set(range(9))
+    assert all(near(seen, 200 * 5, 1 / 9) for seen in np.bincount(one.tokens[:, 0::2].ravel()))
     assert len(set(books[0].values())) == 9
     assert all(9 <= value < 19 for value in books[0].values())
     assert books[0] != dict(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import uuid
+from collections import Counter
 
 import pytest
 
@@ -19,6 +21,10 @@ TEXT = "First one here. A second, longer sentence follows it! Does a third? Yes.
 
 def checksum(found) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def near(count: int, total: int, p: float, sigmas: float = 5) -> bool:
+    return abs(count - total * p) <= sigmas * math.sqrt(total * p * (1 - p)) + 1
 
 
 def words(text: str) -> int:
@@ -105,6 +111,70 @@ def test_needles_are_one_data_set():
     found = [needle(name, 4, 200, words, text=TEXT, generated=20, seed=3) for name in VARIANTS]
     assert checksum(found) == "53c680b31c1921db"
     assert needle("niah_single_2", 9, 200, words, text=TEXT, generated=20, seed=3)[:4] == found[1]
+
+
+def test_the_haystack_is_the_largest_that_fits():
+    for limit in range(40):
+        for guess in range(1, 45):
+            calls = []
+
+            def fits(size, limit=limit, calls=calls):
+                calls.append(size)
+                return size <= limit
+
+            assert needle_module._largest(fits, guess) == limit
+            assert min(calls) >= 0
+    # A step or two from the prompt before costs a few looks, not the logarithm of the size.
+    for limit in (998, 999, 1000, 1001, 1002):
+        calls = []
+        needle_module._largest(lambda size, limit=limit, calls=calls: calls.append(size) or size <= limit, 1000)
+        assert len(calls) <= 5
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
+def test_needles_stand_where_the_depth_says(name):
+    text = " ".join(f"Sentence number {index} is here." for index in range(1000))
+    depths = [index / 10 for index in range(11)]
+    for found in needle(name, 22, 400, words, text=text, depths=depths, generated=20):
+        context = found.prompt.split("\n", 1)[1].rsplit("\n", 1)[0]
+        before, _, after = context.partition("One of the special magic")
+        if name == "niah_single_1":
+            above, below = before.count("The grass"), after.count("The grass")
+            assert above == min(above + below, int(found.depth * (above + below + 1)))
+        else:
+            above, below = before.count("Sentence"), after.count("Sentence")
+            assert above == round(found.depth * (above + below))
+            assert re.findall(r"number (\d+)", before + after) == [str(index) for index in range(above + below)]
+
+
+def test_needles_are_uniform():
+    count = 1200
+    noise = needle("niah_single_1", count, 150, words, generated=20, seed=5)
+    essay = needle("niah_single_2", count, 150, words, text=TEXT, generated=20, seed=5)
+    for found, places in ((noise, 8), (essay, 40)):
+        bins = Counter(round(one.depth * 39) if places == 40 else int(one.depth * places) for one in found)
+        assert set(bins) == set(range(places))
+        assert all(near(seen, count, 1 / places) for seen in bins.values())
+        firsts = Counter(one.answer[0] for one in found)
+        assert all(near(firsts[digit], count, 1 / 9) for digit in "123456789")
+        keys = [re.search(r"for (\w+)-(\w+) is", one.prompt) for one in found]
+        adjectives = Counter(key[1] for key in keys if key)
+        assert set(adjectives) <= set(needle_module.ADJECTIVES)
+        assert adjectives.total() == count
+        # The largest of so many counts of about 15 each stays within 5 standard deviations of a binomial one.
+        assert all(near(seen, count, 1 / len(needle_module.ADJECTIVES)) for seen in adjectives.values())
+
+
+def test_phonebooks_are_uniform():
+    found = phonebook(400, entries=3, seed=5)
+    numbers = [line.split(": ")[1] for prompt, _ in found for line in prompt.split("\n\n")[0].split("\n")]
+    total = len(numbers)
+    firsts = Counter(number[0] for number in numbers)
+    assert all(near(firsts[digit], total, 1 / 4) for digit in "6789")
+    others = Counter("".join(number[1:] for number in numbers))
+    assert all(near(others[digit], 9 * total, 1 / 10) for digit in "0123456789")
+    asked = Counter(prompt.split("\n").index(f"{prompt.rsplit(chr(10), 1)[1]} {answer}") for prompt, answer in found)
+    assert all(near(asked[place], 400, 1 / 3) for place in range(3))
 
 
 def test_depths_may_be_given():

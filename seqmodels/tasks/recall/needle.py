@@ -119,7 +119,7 @@ def needle(
     draws = raw_draws(seed, list(VARIANTS).index(name), count=count * 5).reshape(count, 5)
     found = []
     room = length - generated
-    size = None
+    size = 1
     for index, row in enumerate(draws):
         adjective, noun = ADJECTIVES[_one(row[0], len(ADJECTIVES))], NOUNS[_one(row[1], len(NOUNS))]
         key, value = f"{adjective}-{noun}", _value(variant.kind, row[2:4])
@@ -129,7 +129,7 @@ def needle(
         def prompt(sentences: int, key: str = key, said: str = said, depth: float = depth) -> str:
             return PROMPT.format(kind=variant.kind, key=key, context=source.context(sentences, said, depth))
 
-        size = _largest(lambda sentences: count_tokens(prompt(sentences)) <= room, size)
+        size = _largest(lambda sentences: count_tokens(prompt(sentences)) <= room, max(1, size))
         if size < 1:
             raise ValueError(
                 f"{name}: {length} tokens are too few; the prompt with one sentence of haystack has "
@@ -203,13 +203,22 @@ def _haystack(variant: Variant, text: str | None) -> _Noise | _Essay:
     return _Essay(local_text() if text is None else text) if variant.essay else _Noise()
 
 
-def _largest(fits: Callable[[int], bool], guess: int | None) -> int:
-    """The largest n >= 0 with ``fits(n)``, which is true up to some n and false after it; 0 when none is."""
-    low, high = 0, guess or 1
-    if fits(high):
-        while fits(2 * high):
-            high *= 2
-        low, high = high, 2 * high
+def _largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest n >= 0 with ``fits(n)``, which is true up to some n and false after it; 0 when none is.
+
+    Steps away from ``guess`` double, then halve: near a good guess (the prompt before) few texts are tokenized.
+    """
+    step = 1
+    if fits(guess):
+        low = guess
+        while fits(low + step):
+            low, step = low + step, 2 * step
+        high = low + step
+    else:
+        high = guess
+        while high > step and not fits(high - step):
+            high, step = high - step, 2 * step
+        low = max(0, high - step)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
