@@ -39,9 +39,11 @@ class ProductKeyMemory(TokenwiseChannel):
         value_dim: width of a value; d_model when omitted.
         dropout: on the output, in training.
         value_learning_rate: an upper bound for the table's own (1e-3 in Memory+). The table is not decayed.
-        sparse: the table's gradient is a sparse tensor of the rows read, for ``torch.optim.SparseAdam``; a dense
-            gradient, and AdamW's two moments, are as large as the table. The training loop of this library is
-            AdamW, which refuses sparse gradients.
+        sparse: the table's gradient is a sparse tensor of the rows read, and the training loop gives the table to
+            ``torch.optim.SparseAdam``: moments of rows that were not read stay as they are (AdamW's decay, and
+            move these rows on). A step then costs what the rows read cost, not the table; the two moments are as
+            large as the table either way. Not with ``parallel: fsdp``, which shards no sparse gradient, and not
+            with ``compile``.
 
     ``aux``: ``touched``, share of the rows read in this call; ``usage_divergence``, KL of the rows' weights from
     uniform (nats; 0 is even, 2 log n is one row alone); ``gate``, its mean.
@@ -90,7 +92,7 @@ class ProductKeyMemory(TokenwiseChannel):
         self.out_proj = nn.Linear(value_dim, d_model, bias=False)
         self.gate_proj = nn.Linear(d_model, 1, bias=False)
         self.parameter_hints = {  # type: ignore[misc]
-            "values": ParameterHint(weight_decay=0.0, learning_rate=value_learning_rate),
+            "values": ParameterHint(weight_decay=0.0, learning_rate=value_learning_rate, sparse_gradient=sparse),
             "subkeys": ParameterHint(weight_decay=0.0),
         }
         self.reset_parameters()

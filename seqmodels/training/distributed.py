@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,20 +107,38 @@ def processes(device: str = "auto") -> Iterator[Processes]:
 
 
 def parallelize(
-    objective: nn.Module, blocks: list[nn.Module], kind: Literal["ddp", "fsdp"], here: Processes, *, whole: bool = True
+    objective: nn.Module,
+    blocks: list[nn.Module],
+    kind: Literal["ddp", "fsdp"],
+    here: Processes,
+    *,
+    whole: bool = True,
+    apart: Sequence[str] = (),
 ) -> nn.Module:
     """The objective with gradients averaged over processes; parameters sharded block by block for ``fsdp``.
 
-    ``whole``: every parameter meets a gradient in every step (under a curriculum, not all do).
+    Args:
+        whole: every parameter meets a gradient in every step (under a curriculum, not all do).
+        apart: parameters with sparse gradients, which the caller averages
+            (:func:`~seqmodels.training.gradients.settle_sparse_gradients`).
+
+    Raises:
+        ConfigError: ``fsdp`` with a sparse gradient.
     """
     if here.world_size == 1:
         return objective
     if kind == "fsdp":
+        if apart:
+            raise ConfigError(
+                f"parallel=fsdp shards no parameter with a sparse gradient, such as {apart[0]}; set the layer's "
+                "sparse: false, or parallel=ddp"
+            )
         mesh = dist.init_device_mesh(here.device.type, (here.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(objective, mesh=mesh)
         return objective
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, list(apart))
     devices = [here.device] if here.device.type == "cuda" else None
     return DistributedDataParallel(objective, device_ids=devices, find_unused_parameters=not whole)
 

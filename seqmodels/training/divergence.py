@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from seqmodels.tasks.text import TextBatch
+from seqmodels.training.gradients import stored
 
 
 class TrainingDiverged(RuntimeError):
@@ -29,7 +30,7 @@ def non_finite_gradients(model: nn.Module) -> list[str]:
     names = []
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        if gradient is not None and not bool(gradient.isfinite().all()):
+        if gradient is not None and not bool(stored(gradient).isfinite().all()):
             names.append(name)
     return names
 

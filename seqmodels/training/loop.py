@@ -43,12 +43,14 @@ from seqmodels.training.divergence import (
     non_finite_gradients,
 )
 from seqmodels.training.feed import Feed, micro_batch_rows
+from seqmodels.training.gradients import clip_gradients, gradient_norm, settle_sparse_gradients
 from seqmodels.training.objective import ObjectiveOutput, buffers_kept, make_objective, state_template
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
     set_learning_rate,
+    sparse_parameters,
 )
 from seqmodels.training.plot import plot_losses
 from seqmodels.training.reading import reading_plan
@@ -107,7 +109,9 @@ class Trainer:
             objective.compile()
         curriculum = config.curriculum
         blocks = list(self.model.backbone.blocks)
-        self.objective = parallelize(objective, blocks, config.parallel, here, whole=curriculum is None)
+        self.objective = parallelize(
+            objective, blocks, config.parallel, here, whole=curriculum is None, apart=sparse_parameters(objective)
+        )
         self.curriculum = None
         if curriculum is not None:
             self.curriculum = Curriculum(curriculum, self.model, config.steps, config.seed)
@@ -172,16 +176,15 @@ class Trainer:
             numbers = torch.cat([parts, *(value.reshape(1) for value in aux.values())]).detach()
             mean = mean + numbers / config.accumulation
             states.append(state)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        settle_sparse_gradients(self.model.parameters(), self.here)
+        norm = gradient_norm(self.model.parameters())
         *losses, norm_value = torch.cat([self.here.mean(mean), norm.to(mean)[None]]).tolist()
         self._aux = dict(zip(aux, losses[len(self.parts) :], strict=True))
         del losses[len(self.parts) :]
         if not all(map(math.isfinite, (*losses, norm_value))):
             self._stop(batches, losses, norm_value)  # before clipping, which spreads a NaN to all gradients
         if config.optimizer.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optimizer.gradient_clip, norm)
+            clip_gradients(self.model.parameters(), config.optimizer.gradient_clip, norm)
         curriculum = self.curriculum
         own = (lambda part: curriculum.factor(part, self.step)) if curriculum else lambda part: 1.0
         set_learning_rate(self.optimizer, factor, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_runs import CHANGES
+from distributed_runs import CHANGES, linked
 from safetensors.torch import load_file
 from training_cases import tiny_config
 
@@ -42,6 +43,10 @@ def runs(tmp_path_factory) -> Path:
         for rank in range(2)
     ]  # fmt: skip
     train(tiny_config(folder / "rank0", **CHANGES), folder / "single")
+    for parallel in ("ddp", "fsdp"):
+        made = tiny_config(folder / "rank0", parallel=parallel, **linked(parallel))
+        train(made, folder / f"linked_single_{parallel}")
+        shutil.copytree(folder / f"linked_single_{parallel}", folder / f"linked_on_{parallel}")
     try:
         outputs = [worker.communicate(timeout=240)[0] for worker in workers]
     finally:
@@ -67,6 +72,36 @@ def test_two_processes_give_the_weights_of_one(runs, parallel, name):
         torch.testing.assert_close(
             several[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_carry_the_states_of_one(runs, parallel):
+    one, two = runs / f"linked_single_{parallel}", runs / f"linked_{parallel}"
+    for name in ("model", "optimizer"):
+        single, several = tensors(one, 8, name), tensors(two, 8, name)
+        assert single.keys() == several.keys()
+        for key, tensor in single.items():
+            torch.testing.assert_close(
+                several[key], tensor, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    whole = tensors(one, 8, "carried_0")
+    halves = [tensors(two, 8, f"carried_{rank}") for rank in range(2)]
+    for key, tensor in whole.items():  # rows 0 and 1, then 2 and 3
+        both = torch.cat([halves[0][key], halves[1][key.replace("00000000.", "00000002.")]])
+        torch.testing.assert_close(both, tensor, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_carried_run_goes_on_with_another_number_of_processes(runs):
+    """Rows are found by their number: one process goes on from the states of two."""
+    folder = runs / "linked_on_ddp"
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(runs / "linked_ddp" / "checkpoints", folder / "checkpoints")
+    shutil.rmtree(folder / "checkpoints" / "step_00000008")
+    train(tiny_config(runs / "rank0", parallel="ddp", **linked("ddp")), folder, resume=True)
+    whole, resumed = tensors(runs / "linked_single_ddp", 8, "carried_0"), tensors(folder, 8, "carried_0")
+    assert whole.keys() == resumed.keys()
+    for key, tensor in whole.items():
+        torch.testing.assert_close(resumed[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_metrics_agree_with_one_process(runs):
