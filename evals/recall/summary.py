@@ -16,7 +16,9 @@ SOLVED, UNSOLVED = (
 )  # controls that must solve a task reach the one; those that must fail stay below the other
 
 # What runs of one plan must share to stand in one table.
-PROTOCOL = ("task", "train", "test", "training", "norm", "state_context")
+PROTOCOL = ("task", "train", "test", "training", "norm")
+# What runs of one arm must share to be one arm.
+ARM = ("pattern", "layers", "learned_positions", "reads", "state_context")
 
 
 class Run(NamedTuple):
@@ -96,9 +98,9 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Run]:
 
 
 def summarise(runs: Collection[Run]) -> list[Point]:
-    """Points by suite and plan, the best first; of several protocols under one name, the one that ran last."""
+    """Points by suite and plan, the best first; of several protocols or arms under one name, the one that ran last."""
     groups: dict[tuple[str, str, str, int, int], list[Run]] = defaultdict(list)
-    for run in _same_protocol(runs):
+    for run in _newest(_newest(runs, ("suite", "plan"), PROTOCOL), ("suite", "plan", "arm"), ARM):
         cell = run.cell
         groups[cell["suite"], cell["plan"], cell["arm"], cell["d_model"], cell["depth"]].append(run)
     points = []
@@ -111,12 +113,14 @@ def summarise(runs: Collection[Run]) -> list[Point]:
     return sorted(points, key=lambda point: (point.suite, point.plan, -point.score, point.arm, point.d_model))
 
 
-def _same_protocol(runs: Collection[Run]) -> list[Run]:
-    def protocol(run: Run) -> list[Any]:
-        return [run.cell[name] for name in PROTOCOL]
+def _newest(runs: Collection[Run], name: tuple[str, ...], content: tuple[str, ...]) -> list[Run]:
+    """Of the runs that share the fields ``name`` of their cells, those with the ``content`` of the last one."""
 
-    newest = {(run.cell["suite"], run.cell["plan"]): run for run in sorted(runs, key=lambda run: run.row["time"])}
-    return [run for run in runs if protocol(run) == protocol(newest[run.cell["suite"], run.cell["plan"]])]
+    def fields(run: Run, names: tuple[str, ...]) -> list[Any]:
+        return [run.cell.get(field) for field in names]
+
+    last = {str(fields(run, name)): fields(run, content) for run in sorted(runs, key=lambda run: run.row["time"])}
+    return [run for run in runs if fields(run, content) == last[str(fields(run, name))]]
 
 
 def judge(points: Iterable[Point]) -> list[tuple[str, bool]]:

@@ -616,6 +616,16 @@ def test_runs_of_another_protocol_do_not_mix(tmp_path):
     assert {point.score for point in points} == {1.0}
 
 
+def test_an_arm_with_other_arguments_is_another_arm(tmp_path):
+    runs_of(tmp_path, lambda cell: 0.5)
+    newer = edited("arms.attention.arguments", {"window": 4})
+    newer["grid"]["seeds"] = 1
+    points = summarise(runs_of(tmp_path, lambda cell: 0.25, newer))
+    assert {point.arm: (point.score, len(point.runs)) for point in points} == {
+        "attention": (0.25, 1), "gated_conv": (0.375, 2),
+    }  # fmt: skip
+
+
 def test_page(tmp_path):
     data = edited("tasks.mqar.vary", {"pairs": [1]})
     runs_of(tmp_path, lambda cell: 1.0 if cell.arm == "attention" else 0.05, data)
