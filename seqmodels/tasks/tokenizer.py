@@ -62,7 +62,8 @@ class HuggingFaceTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens)
+        # Text as it was: some tokenizers would take the space before a comma away.
+        return self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

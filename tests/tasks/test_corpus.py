@@ -119,16 +119,19 @@ def test_a_failed_write_leaves_no_cache(folder, tmp_path, monkeypatch):
 def test_a_hugging_face_tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    words = {"<s>": 0, "state": 1, "space": 2, "model": 3, "?": 4}
+    words = {"<s>": 0, "state": 1, "space": 2, "model": 3, "?": 4, ",": 5}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>").save_pretrained(tmp_path / "with")
+    tidy = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", clean_up_tokenization_spaces=True
+    )
+    tidy.save_pretrained(tmp_path / "with")
     transformers.PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(tmp_path / "without")
     tokenizer = load_tokenizer(str(tmp_path / "with"))
-    assert (tokenizer.vocab_size, tokenizer.separator) == (5, 0)
+    assert (tokenizer.vocab_size, tokenizer.separator) == (6, 0)
     cache = build_token_cache([Document("d", b"state space model space")], tokenizer, tmp_path / "cache")
     assert cache.document(0).tolist() == [0, 1, 2, 3, 2, 0]
-    assert tokenizer.decode([1, 2]) == "state space"
+    assert tokenizer.decode([1, 5, 2]) == "state , space"  # as it was read, not tidied
     with pytest.raises(ValueError, match="neither a bos nor an eos token"):
         load_tokenizer(str(tmp_path / "without"))
 
