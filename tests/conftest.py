@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
 
@@ -34,3 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """After an illegal access a process can use its GPU no more: what follows would fail for that alone.
+
+    Under pytest-xdist the worker ends and another takes over; without it the run stops.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"\n{nodeid} left the GPU unusable for this process: {error}", file=sys.stderr, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit("the GPU is unusable for this process", returncode=1)
