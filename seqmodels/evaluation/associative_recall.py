@@ -148,7 +148,10 @@ def evaluate_hits(
     if window < 4:
         raise ValueError(f"window is {window}; expected at least 4 tokens: pairs repeat from the fourth on")
     if model.max_length is not None and window > model.max_length:
-        raise ValueError(f"window is {window}; {model.name} reads {model.max_length} tokens")
+        raise ValueError(
+            f"window is {window}; {model.name} reads {model.max_length} tokens: give a window of at most that, for the "
+            "models that it is compared with too"
+        )
     counter.check_origin({"tokenizer": tokenizer_mark(model)})
     losses = {name: HitLoss(name) for name in DEFINITIONS}
     digest, count = hashlib.blake2b(digest_size=8), 0

@@ -110,7 +110,10 @@ def load_examples(task: str, source: str | Path | None = None, *, nq_size: int =
     for index, row in enumerate(rows):
         missing = [name for name in wanted.fields if not _filled(row.get(name))]
         if missing:
-            raise CorpusError(f"example {index} of {source or published} lacks {', '.join(missing)}; {needs}")
+            raise CorpusError(
+                f"example {index} of {source or published} lacks {', '.join(missing)} (as text that is not empty); it "
+                f"has {', '.join(row) or 'no field'}; {needs}"
+            )
     return rows
 
 
@@ -226,9 +229,23 @@ def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorpusError(f"{path}:{number} is not JSON: {error}") from error
+            if _halved(row):
+                raise CorpusError(
+                    f"{path}:{number} holds half of a surrogate pair (one of \\ud800 to \\udfff alone), which no "
+                    "tokenizer reads; write the character whole, or leave it out"
+                )
             if not isinstance(row, dict):
                 raise CorpusError(f"{path}:{number} is {type(row).__name__}; expected an object with the fields")
             yield row
+
+
+def _halved(row: object) -> bool:
+    """Whether JSON's escapes named half a character, which UTF-8 cannot write."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _filled(value: object) -> bool:

@@ -83,6 +83,20 @@ def test_log_likelihoods_are_those_of_each_text_alone(run, piece, monkeypatch):
         assert scores.total == pytest.approx(float(expected.sum()), rel=1e-9)
 
 
+def test_meta_tokens_stand_before_every_text_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_model, "PIECE", 16)
+    model = open_text_model(str(saved(tmp_path / "m", "linear_attention near", meta_tokens=3)), batch_size=3)
+    pairs = pairs_of(model)
+    for (context, rest), scores in zip(pairs, model.log_likelihoods(pairs), strict=True):
+        text = torch.tensor([[*context, *rest]])
+        with torch.no_grad():
+            logits = model.model(text[:, :-1]).logits[0, len(context) - 1 :]
+        expected = logits.log_softmax(1).gather(1, text[0, len(context) :, None])[:, 0]
+        np.testing.assert_allclose(scores.log_probs, expected, rtol=1e-9)
+    alone = [model.generate([prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    assert model.generate(PROMPTS, max_new_tokens=8) == alone
+
+
 def test_a_prefix_model_reads_contexts_in_both_directions(tmp_path, monkeypatch):
     monkeypatch.setattr(run_model, "PIECE", 4)  # a prefix goes in whole all the same
     folder = saved(tmp_path / "m", "prefix_linear_attention near", objective="prefix", prefix_length=10)

@@ -203,8 +203,16 @@ def test_what_is_missing_says_where_to_get_it(tmp_path):
     with pytest.raises(CorpusError, match=r"holds no example.*hazyresearch/based-fda"):
         load_examples("fda", tmp_path)
     write_lines(tmp_path / "nq.jsonl", [CLOZE, {**CLOZE, "answers": ["", " "], "question": None}])
-    with pytest.raises(CorpusError, match=r"example 1 of .* lacks question, answers.*based_nq_512"):
+    with pytest.raises(CorpusError, match=r"example 1 of .* lacks question, answers \(as text.*based_nq_512"):
         load_examples("nq", tmp_path, nq_size=512)
+    write_lines(tmp_path / "fda.jsonl", [{"text": "a", "clef": "b", "value": 3}])
+    with pytest.raises(CorpusError, match=r"example 0 of .* lacks key, value .*; it has text, clef, value; fda is"):
+        load_examples("fda", tmp_path)
+    write_lines(tmp_path / "fda.jsonl", [PAGE, {**PAGE, "text": "half of \ud83e\udd8a: \ud83e"}])
+    with pytest.raises(CorpusError, match=r"fda.jsonl:2 holds half of a surrogate pair"):
+        load_examples("fda", tmp_path)
+    write_lines(tmp_path / "fda.jsonl", [{**PAGE, "text": "\ud83e\udd8a"}])  # escapes of a whole character
+    assert load_examples("fda", tmp_path)[0]["text"] == "\U0001f98a"
     (tmp_path / "drop.jsonl").write_text('{"context": \n')
     with pytest.raises(CorpusError, match=r"drop.jsonl:1 is not JSON"):
         load_examples("drop", tmp_path)
