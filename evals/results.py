@@ -171,7 +171,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit that is checked out; where tracked files differ from it, with a digest of the difference."""
+    """The commit that is checked out; where tracked files differ from it, with a digest of the difference.
+
+    ``SEQMODELS_COMMIT`` says it for a copy of the tree without its history.
+    """
+    if os.environ.get("SEQMODELS_COMMIT"):
+        return os.environ["SEQMODELS_COMMIT"]
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -14,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="names, layers or patterns (*decode*)")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop before then; 500 for gpu, 900 for cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more than 1 needs a quiet machine")
+    parser.add_argument(
+        "--compile", type=int, metavar="N", help="processes that compile GPU kernels first; 0: none; default: cores - 4"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results.jsonl")
     parser.add_argument("--list", action="store_true", help="print the suite's cases and stop")
     parser.add_argument("--report", type=Path, nargs="+", metavar="DIR", help="draw the page into the first")
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from evals.results import Results
-    from evals.throughput import derived, runner, suites
+    from evals.throughput import compilation, derived, runner, suites
 
     try:
         chosen = suites.select(suites.cases(options.suite), options.cases)
@@ -58,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if options.suite == "gpu" else "cpu")
     deadline = options.deadline or (500.0 if options.suite == "gpu" else 900.0)
     results = Results(options.out, "throughput")
+    start = time.monotonic()
+    processes = max(0, (os.cpu_count() or 1) - 4) if options.compile is None else options.compile
+    if device.type == "cuda" and processes:
+        waiting = [case for case in chosen if case.name not in results.finished("latency")]
+        compilation.compile_ahead(waiting, device, processes, 0.3 * deadline, say=lambda text: print(text, flush=True))
+    deadline -= time.monotonic() - start
     try:
         runner.run(chosen, results, device, deadline=deadline, say=lambda text: print(text, flush=True))
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from seqmodels.channel import CHANNELS
 from seqmodels.models.arguments import build_layer
 from seqmodels.models.initialization import construction
 
-CHECKED_LENGTH = 256
+CHECKED_LENGTH, CHECKED_BATCH = 256, 4
 STEPS_BETWEEN_RESETS = 64
 
 
@@ -86,19 +87,19 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
         return _decode_problem(case, device, instance, rivals)
     training = case.mode == "forward+backward"
 
-    def inputs(seed: int, length: int = case.length) -> dict[str, Tensor]:
+    def inputs(seed: int, length: int = case.length, batch: int = case.batch) -> dict[str, Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
-        x = instance.draw(generator, case.batch, length)
+        x = instance.draw(generator, batch, length)
         if not training:
             return {"x": x}
         x = x.requires_grad_(x.is_floating_point())
         with torch.no_grad():
             shape = instance.primary(instance.module(x[:1, :1])).shape
-        cotangent = torch.randn(case.batch, length, shape[-1], generator=generator, device=device)
+        cotangent = torch.randn(batch, length, shape[-1], generator=generator, device=device)
         return {"x": x, "cotangent": cotangent.to(case.torch_dtype)}
 
-    short = inputs(12345, min(case.length, CHECKED_LENGTH))
-    exact, bound = _definition(instance, case.mode, short)
+    short = inputs(12345, min(case.length, CHECKED_LENGTH), min(case.batch, CHECKED_BATCH))
+    definition = functools.cache(lambda: _definition(instance, case.mode, short, case.torch_dtype))
     contestants, skipped = [], {}
     for name in ("auto", "torch") if case.rivals else ("auto",):
         contestants.append(Contestant(name, _on_backend(instance.forward(instance.module, case.mode), name), ours=True))
@@ -112,6 +113,7 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
         contestants.append(Contestant(name, rival, **facts))
 
     def check(contestant: Contestant) -> tuple[float, float]:
+        exact, bound = definition()
         found = tensors_of(contestant.run(short))
         shared = len(found) if contestant.ours else 1 + (training and short["x"].requires_grad)
         return relative_error(found[:shared], exact[:shared]), bound
@@ -121,7 +123,9 @@ def problem_of(case: Case, device: torch.device, instance: Instance, rivals: Ite
     return Problem(inputs, contestants, check, cost, state_bytes, skipped)
 
 
-def _definition(instance: Instance, mode: str, tensors: Mapping[str, Tensor]) -> tuple[list[Tensor], float]:
+def _definition(
+    instance: Instance, mode: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[list[Tensor], float]:
     """Float64 results on the reference backend, and the bound on errors in the layer's own dtype."""
     wide = copy.deepcopy(instance.module).double()
     exact_inputs = {
@@ -131,7 +135,7 @@ def _definition(instance: Instance, mode: str, tensors: Mapping[str, Tensor]) ->
     exact = [t.detach() for t in tensors_of(_on_backend(instance.forward(wide, mode), "reference")(exact_inputs))]
     run = instance.forward(instance.module, mode)
     forms = (tensors_of(_on_backend(run, backend)(tensors)) for backend in ("reference", "torch"))
-    return exact, bound_from(*(relative_error(form, exact) for form in forms))
+    return exact, bound_from(*(relative_error(form, exact) for form in forms), dtype=dtype)
 
 
 def _on_backend(function: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
@@ -236,17 +240,18 @@ def decode_loop(module: nn.Module, state: Any) -> Callable[[Mapping[str, Tensor]
 def _decode_error(case: Case, instance: Instance, device: torch.device, backend: str) -> tuple[float, float]:
     """Steps against a float64 forward on the reference over the same tokens."""
     module, generator = instance.module, torch.Generator(device).manual_seed(2)
-    x = instance.draw(generator, case.batch, 16)
+    batch = min(case.batch, CHECKED_BATCH)
+    x = instance.draw(generator, batch, 16)
     wide = copy.deepcopy(module).double()
     exact_x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
         with seqmodels.backend("reference"):
             exact = instance.primary(wide(exact_x))
             own = instance.primary(module(x))
-        state = module.init_state(case.batch, max_length=x.shape[1])  # type: ignore[operator]
+        state = module.init_state(batch, max_length=x.shape[1])  # type: ignore[operator]
         with seqmodels.backend(backend):
             steps = torch.stack([module.step(x[:, t], state) for t in range(x.shape[1])], dim=1)  # type: ignore[operator]
-    return relative_error([steps], [exact]), bound_from(relative_error([own], [exact]))
+    return relative_error([steps], [exact]), bound_from(relative_error([own], [exact]), dtype=case.torch_dtype)
 
 
 # ---- rivals

@@ -116,15 +116,16 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def bound_from(definition_error: float, plain_error: float = 0.0) -> float:
+def bound_from(definition_error: float, plain_error: float = 0.0, dtype: torch.dtype = torch.float32) -> float:
     """Largest error that is still called right.
 
     Four times what the definition itself, or the plain PyTorch form with its matrix products in the same
-    dtype, loses in that dtype, plus what reordering float32 sums costs. A plain form that is itself wrong
-    (5% and more) does not widen the bound.
+    dtype, loses in that dtype, plus what reordering float32 sums costs, plus 4 eps of the dtype: a kernel on
+    matrix units rounds operands (weights, scores, states, gradients; up to 8 of them on the way, by eps / 2 each)
+    that those two may keep in float32. A plain form that is itself wrong (5% and more) does not widen the bound.
     """
     plain_error = plain_error if plain_error < 0.05 else 0.0
-    return 4 * max(definition_error, plain_error) + 32 * torch.finfo(torch.float32).eps
+    return 4 * max(definition_error, plain_error) + 32 * torch.finfo(torch.float32).eps + 4 * torch.finfo(dtype).eps
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -91,16 +91,12 @@ def linear_attention_rivals(device: torch.device) -> Iterator[Rival]:
 
 
 def narrow(make: Callable[[], Callable[[dict[str, Tensor]], Tensor]]) -> Callable[[], Any]:
-    """Softmax attention with as many heads as v has, of v's width: q and k repeated and cut to it."""
+    """Softmax attention with as many heads as v has, of v's width: v stands for q and k too."""
 
     def outer() -> Callable[[dict[str, Tensor]], Tensor]:
         run = make()
 
-        def narrowed(tensors: dict[str, Tensor]) -> Tensor:
-            v = tensors["v"]
-            return run({"q": v.roll(1, 2), "k": v.roll(2, 2), "v": v})
-
-        return narrowed
+        return lambda tensors: run(dict.fromkeys("qkv", tensors["v"]))
 
     return outer
 

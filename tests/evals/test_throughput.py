@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evals.results import Results, read
-from evals.throughput import derived, layers, ops, rivals, runner, suites, timing
+from evals.throughput import compilation, derived, layers, ops, rivals, runner, suites, timing
 from evals.throughput.__main__ import main
 from evals.throughput.ceilings import Ceilings, measure_ceilings
 from evals.throughput.problem import Case, Contestant, Cost, Problem, bound_from, relative_error
@@ -225,6 +225,29 @@ def test_relative_error_notices_what_is_not_a_number():
     assert math.isinf(relative_error([torch.full((3,), float("nan"))], [ones]))
     assert math.isinf(relative_error([torch.ones(2)], [ones]))
     assert bound_from(0.0) < 1e-5
+
+
+def test_bound_grows_with_the_roundings_of_the_dtype():
+    assert bound_from(0.001, dtype=torch.bfloat16) == pytest.approx(0.004 + 4 * 2**-7, rel=1e-2)
+    assert bound_from(0.001, 0.2) == bound_from(0.001), "a wrong plain form widens nothing"
+
+
+def test_kernels_are_compiled_once_a_series(monkeypatch):
+    cases = [Case("op", "short_conv", "forward", "float32", 1, length, {"C": 4, "W": 4}) for length in (16, 8, 32)]
+    cases.append(Case("op", "short_conv", "forward", "float32", 2, 64, {"C": 4, "W": 4}))
+    assert [(case.batch, case.length) for case in compilation.one_of_each(cases)] == [(1, 8), (2, 64)]
+    ran, build = [], ops.build
+
+    def counting(case, device):
+        problem = build(case, device)
+        for contestant in problem.contestants:
+            contestant.run = lambda tensors, name=contestant.name: ran.append(name) or 1 / 0
+        problem.check = lambda contestant: (0.0, 0.0)
+        return problem
+
+    monkeypatch.setitem(runner.BUILDERS, "op", counting)
+    compilation.run_once(cases[0], CPU)
+    assert set(ran) >= {"torch", "torch conv1d"}, "one that fails leaves the others"
 
 
 def test_suites_name_every_case_once_and_cover_the_registry():
