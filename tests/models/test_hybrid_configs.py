@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,14 @@ def test_every_layer_has_its_own_positions() -> None:
 )
 def test_files_say_what_differs(name: str) -> None:
     assert "# Other than the original: " in (FOLDER / f"{name}.yaml").read_text()
+
+
+def test_the_page_lists_every_stack_with_its_parameters() -> None:
+    text = (FOLDER.parents[1] / "docs" / "hybrids.md").read_text(encoding="utf-8")
+    listed = {}
+    for names, counts in re.findall(r"^\| (`[^|]*`) \| ([\d, ]+) \|", text, re.MULTILINE):
+        listed |= dict(zip(re.findall(r"`(.*?)`", names), re.findall(r"[\d,]*\d", counts), strict=True))
+    found = {name: f"{build(name).num_parameters():,}" for name in listed}
+    assert listed == found
+    stacks = {path.stem for path in FOLDER.glob("*.yaml") if re.search("like|jrt|based|1.5b-hybrid", path.stem)}
+    assert set(listed) == stacks
