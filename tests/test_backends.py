@@ -86,6 +86,13 @@ def test_triton_kernels_refuse_cpu_tensors_outside_the_interpreter(everything_in
         assert _taken() == 4
 
 
+def test_kernels_on_a_gpu_launch_nothing_for_an_empty_tensor(everything_installed, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with seqmodels.backend("triton"), pytest.raises(BackendUnavailable, match="nothing to launch"):
+        ADD(torch.zeros(0, 3))
+    assert ADD(torch.zeros(0, 3)).shape == (0, 3)
+
+
 def _fail_inside(name):
     with seqmodels.backend(name):
         assert backends.requested_backend() == name

@@ -130,6 +130,9 @@ class Operator:
             )
         if backend == "cuda" and device_type != "cuda":
             return f"its tensors are on {device_type!r}; CUDA kernels run on a GPU"
+        inputs = [args[index] for index in self.differentiable[:2] or (0,)]
+        if backend in ("triton", "cuda") and any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs):
+            return "there is nothing to launch for an empty tensor"
         module = self.module(backend)
         supports = getattr(module, "supports", None)
         reason = None if supports is None else supports(*args)
