@@ -31,6 +31,7 @@ class CapturedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP):
+                self.load(state)  # each from the same position: behind it there may be room for one token alone
                 model.step(self.tokens, self.state)
         torch.cuda.current_stream().wait_stream(stream)
         # The warm-up has advanced the positions; every capture and replay must start from a valid state.
