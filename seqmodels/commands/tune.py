@@ -20,9 +20,11 @@ def command(
     during training.
     """
     import importlib
+    import pkgutil
 
     import torch
 
+    import seqmodels.ops
     from seqmodels.ops import tiles
 
     if not torch.cuda.is_available():
@@ -33,8 +35,9 @@ def command(
         path.unlink(missing_ok=True)
         typer.echo(f"removed {path}")
         return
-    for name in ("linear_attention", "short_conv", "mamba3"):
-        importlib.import_module(f"seqmodels.ops.{name}")  # registers its operators
+    for module in pkgutil.iter_modules(seqmodels.ops.__path__, "seqmodels.ops."):
+        if module.ispkg:
+            importlib.import_module(module.name)  # registers its operators
     from seqmodels.ops.tuning import tune
 
     tune(device, ops=op, batch=batch, length=length, say=typer.echo)
