@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -212,12 +213,15 @@ class LanguageModel(nn.Module):
         so that a state to decode with holds no graph.
         """
         room = None if max_length is None else max_length + self.config.meta_tokens
-        empty = self.backbone.init_state(batch_size, max_length=room, device=device, dtype=dtype)
-        if self.meta_tokens is None or next(empty.tensors())[1].is_meta:
-            return empty
+        made = partial(self.backbone.init_state, max_length=room, dtype=dtype)
+        if self.meta_tokens is None or self.meta_tokens.is_meta or torch.device(device or "cpu").type == "meta":
+            return made(batch_size, device=device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             state = self._after_meta_tokens(batch_size, max_length)
-            return tree_map(lambda tensor, place: None if place is None else place.copy_(tensor), state, empty)
+            if device is None and dtype is None:
+                return state
+            like = made(1, device="meta")
+            return tree_map(lambda value, as_in: None if as_in is None else value.to(device, as_in.dtype), state, like)
 
     def _after_meta_tokens(self, documents: int, max_length: int | None) -> ModelState:
         """The state behind the meta tokens for each document, with room for ``max_length`` tokens more."""

@@ -27,6 +27,7 @@ LAYERS = {
     "window": {"layer": "attention", "num_heads": 2, "window": 3},
     "kv_shift_attention": {"num_heads": 2, "window": 4},
     "chunk_moe": {"num_experts": 3, "d_hidden": 8, "chunk_size": 4},
+    "linear_attention": {"num_heads": 2},
 }
 SMALL = {
     "sparse_global_attention": {"block": 4, "num_globals": 3},
@@ -248,7 +249,12 @@ def test_bfloat16_and_autocast_keep_the_states_dtypes() -> None:
     expected = {name: tensor.dtype for name, tensor in model.backbone.init_state(2, max_length=9).tensors()}
     for state in (model.init_state(2, max_length=9), model(ids, return_state=True).state):
         assert {name: tensor.dtype for name, tensor in state.tensors()} == expected
-    model = meta_model(dtype=torch.float32).eval()
+    model = meta_model(dtype=torch.float32, pattern=f"{PATTERN} linear_attention").eval()
+    narrow = model.init_state(2, max_length=9, dtype=torch.bfloat16)
+    like = model.backbone.init_state(2, max_length=9 + COUNT, dtype=torch.bfloat16)
+    for (name, tensor), (_, wanted) in zip(narrow.tensors(), like.tensors(), strict=True):
+        assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
+    assert narrow.nbytes == model.state_bytes(9, batch_size=2, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model(ids, return_state=True)
     exact = model(ids).logits
