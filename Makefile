@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
+# The GPU check waits for compilers more than for the GPU.
+GPU_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 4); [ $$n -gt 12 ] && echo 12 || echo $$n)
 EXTRAS := test,triton,train,hf
 STAMP := $(VENV)/.installed
 
@@ -33,7 +35,8 @@ slow-test: install
 	$(PYTEST) -n $(JOBS) -m slow
 
 gpu-test: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tests/gpu/warm_kernels.py
+	TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n $(GPU_JOBS) --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
