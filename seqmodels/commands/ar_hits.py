@@ -21,7 +21,7 @@ def command(
     beside: Annotated[
         Path | None, typer.Option(help="result of another model on the same text: the share of the gap on AR hits")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="contexts side by side; changes no result")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="contexts side by side: speed against memory")] = 8,
     device: Annotated[str, typer.Option(help="auto takes CUDA when there")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as stored when omitted")] = None,
 ) -> None:
@@ -36,7 +36,7 @@ def command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from seqmodels.evaluation.associative_recall import count_bigrams, evaluate_hits, read_result
+    from seqmodels.evaluation.associative_recall import check_window, count_bigrams, evaluate_hits, read_result
     from seqmodels.evaluation.text_model import open_text_model
     from seqmodels.tasks.associative_recall_hits import gap_share, slice_order
     from seqmodels.tasks.bigrams import BigramCounter
@@ -54,8 +54,9 @@ def command(
     other = None if beside is None else read_result(beside)
     for path in (out, table):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)  # found out before hours of counting
+            path.parent.mkdir(parents=True, exist_ok=True)
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
+    check_window(opened, window)  # before hours of counting
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         bar = progress.add_task("pairs", total=None)
         if counted is None:

@@ -29,7 +29,7 @@ def command(
         typer.Option(exists=True, dir_okay=False, help="file of the haystack of 2 and 3; Python's library if absent"),
     ] = None,
     seed: Annotated[int, typer.Option(help="same seed, same prompts")] = 42,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts side by side; changes no result")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts side by side: speed against memory")] = 8,
     device: Annotated[str, typer.Option(help="auto takes CUDA when there")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as stored when omitted")] = None,
 ) -> None:

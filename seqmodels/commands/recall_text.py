@@ -23,7 +23,7 @@ def command(
     window: Annotated[int, typer.Option(min=1, help="tokens of prompt and answer; the beginning is left out")] = 2048,
     examples: Annotated[int | None, typer.Option(min=1, help="only the first so many of each task")] = None,
     nq_size: Annotated[int, typer.Option(help="documents of the hub's NQ: 512, 1024 or 2048 tokens")] = 2048,
-    batch_size: Annotated[int, typer.Option(min=1, help="prompts side by side; changes no result")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts side by side: speed against memory")] = 8,
     device: Annotated[str, typer.Option(help="auto takes CUDA when there")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="dtype of the weights; as stored when omitted")] = None,
 ) -> None:

@@ -124,6 +124,17 @@ def count_bigrams(
     return counter
 
 
+def check_window(model: TextModel, window: int) -> None:
+    """ValueError for a window that holds no repeated pair, or more than the model reads."""
+    if window < 4:
+        raise ValueError(f"window is {window}; expected at least 4 tokens: pairs repeat from the fourth on")
+    if model.max_length is not None and window > model.max_length:
+        raise ValueError(
+            f"window is {window}; {model.name} reads {model.max_length} tokens: give a window of at most that, for the "
+            "models that it is compared with too"
+        )
+
+
 def evaluate_hits(
     model: TextModel,
     documents: Iterable[Document],
@@ -145,13 +156,7 @@ def evaluate_hits(
         ValueError: a window that holds no pair, or is beyond the model; counts of another tokenizer.
         CorpusError: no context of two tokens.
     """
-    if window < 4:
-        raise ValueError(f"window is {window}; expected at least 4 tokens: pairs repeat from the fourth on")
-    if model.max_length is not None and window > model.max_length:
-        raise ValueError(
-            f"window is {window}; {model.name} reads {model.max_length} tokens: give a window of at most that, for the "
-            "models that it is compared with too"
-        )
+    check_window(model, window)
     counter.check_origin({"tokenizer": tokenizer_mark(model)})
     losses = {name: HitLoss(name) for name in DEFINITIONS}
     digest, count = hashlib.blake2b(digest_size=8), 0

@@ -18,6 +18,7 @@ import torch
 from seqmodels.evaluation.text_model import Pair, open_text_model
 
 try:
+    import lm_eval.models  # noqa: F401 (lm-eval registers its own models only while there is no other)
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model

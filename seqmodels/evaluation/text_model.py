@@ -77,7 +77,7 @@ def open_text_model(
             Hugging Face causal language model, by hub name or folder.
         device: ``auto`` takes CUDA when there.
         dtype: of the weights; as stored when absent.
-        batch_size: prompts at a time; changes no result.
+        batch_size: prompts at a time; changes results by rounding alone.
         tokenizer: instead of the model's own.
 
     Raises:

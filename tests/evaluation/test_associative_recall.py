@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from seqmodels import cli
-from seqmodels.evaluation import associative_recall
+from seqmodels.evaluation import associative_recall, run_model
 from seqmodels.evaluation.associative_recall import count_bigrams, evaluate_hits
 from seqmodels.evaluation.text_model import TokenScores
 from seqmodels.models import LanguageModel, ModelConfig, save_model
@@ -103,7 +103,7 @@ def test_refusals():
         evaluate_hits(short, documents("ab"), counter, window=9)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=256, d_model=8, pattern="linear_attention", layers={"linear_attention": {"num_heads": 2}}
@@ -149,6 +149,15 @@ def test_the_command(tmp_path):
             (tmp_path / "wrong.json").write_text(content)
         wrong = run("--out", tmp_path / "d.json", *table, "--beside", tmp_path / "wrong.json", status=1)
         assert message in str(wrong.exception)
-    assert not (tmp_path / "d.json").exists()  # found out before anything is scored
+    early = run("--out", tmp_path / "d.json", *train, "--table", tmp_path / "late.npz", "--window", 10**9, status=0)
+    assert "wrote" in early.output  # our models read any length
+    monkeypatch.setattr(
+        run_model.RunTextModel, "max_length", property(lambda self: 100, lambda self, value: None), False
+    )
+    (tmp_path / "d.json").unlink()
+    long = run("--out", tmp_path / "d.json", *train, "--table", tmp_path / "long.npz", "--window", 101, status=1)
+    assert "window is 101" in str(long.exception)
+    assert not (tmp_path / "long.npz").exists()  # found out before anything is counted
+    assert not (tmp_path / "d.json").exists()
     run("--out", tmp_path / "new" / "d.json", *train, "--table", tmp_path / "too" / "t.npz", "--window", 64)
     assert (tmp_path / "too" / "t.npz").exists()

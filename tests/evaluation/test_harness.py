@@ -21,6 +21,7 @@ from seqmodels.tasks.shuffle import raw_draws
 lm_eval = pytest.importorskip("lm_eval", reason="the adapter needs lm-eval: pip install 'seqmodels[eval]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from seqmodels.evaluation import harness  # noqa: E402
@@ -268,6 +269,11 @@ def test_tags_are_tables(tmp_path):
         for tail in TAILS.values():
             members = index._index[f"real_text{size}{tail}"].tags
             assert members == {f"real_text_{task}{'' if task == 'squad' else size}{tail}" for task in REAL_TEXT}
+
+
+def test_models_of_lm_eval_stay_beside_ours():
+    # lm-eval registers its own at the first look-up of any, if none is there.
+    assert {"seqmodels", "hf", "dummy"} <= set(model_registry.keys())
 
 
 def test_arguments_that_are_added():
