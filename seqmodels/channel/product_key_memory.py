@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout, embedding_bag, rms_norm, silu
 
 from seqmodels.channel.base import TokenwiseChannel
@@ -39,11 +40,10 @@ class ProductKeyMemory(TokenwiseChannel):
         value_dim: width of a value; d_model when omitted.
         dropout: on the output, in training.
         value_learning_rate: an upper bound for the table's own (1e-3 in Memory+). The table is not decayed.
-        sparse: the table's gradient is a sparse tensor of the rows read, and the training loop gives the table to
-            ``torch.optim.SparseAdam``: moments of rows that were not read stay as they are (AdamW's decay, and
-            move these rows on). A step then costs what the rows read cost, not the table; the two moments are as
-            large as the table either way. Not with ``parallel: fsdp``, which shards no sparse gradient, and not
-            with ``compile``.
+        sparse: the table's gradient is a sparse tensor with each row read once, and the training loop takes Adam's step
+            on those rows alone (``torch.optim.SparseAdam``'s equations); AdamW also moves rows that were not read,
+            by their decaying moments. It pays while a step reads less than about half of the rows; the two
+            moments are as large as the table either way. FSDP2 and torch.compile make no sparse gradients.
 
     ``aux``: ``touched``, share of the rows read in this call; ``usage_divergence``, KL of the rows' weights from
     uniform (nats; 0 is even, 2 log n is one row alone); ``gate``, its mean.
@@ -121,11 +121,12 @@ class ProductKeyMemory(TokenwiseChannel):
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, and the rows, weights and gates behind it."""
         rows, weights = self.lookup(x)
-        dtype = self.values.dtype
-        read = embedding_bag(
-            rows.flatten(0, -3).flatten(1), self.values, mode="sum", sparse=self.sparse,
-            per_sample_weights=weights.flatten(0, -3).flatten(1).to(dtype),
-        ).view(*x.shape[:-1], -1)  # fmt: skip
+        bags, share = rows.flatten(0, -3).flatten(1), weights.flatten(0, -3).flatten(1).to(self.values.dtype)
+        table = self.values.detach() if self.sparse else self.values
+        read = embedding_bag(bags, table, mode="sum", per_sample_weights=share)
+        if self.sparse:
+            read = _SparseGradient.apply(read, self.values, bags, share.detach())
+        read = read.view(*x.shape[:-1], -1)
         out = self.out_proj(read.to(x.dtype) * silu(self.swish_proj(x)))
         gate = torch.sigmoid(self.gate_proj(x) - 2)
         return gate * dropout(out, self.dropout, self.training), rows, weights, gate.squeeze(-1)
@@ -186,3 +187,31 @@ class ProductKeyMemory(TokenwiseChannel):
             f"{self.d_model}, num_heads={self.num_heads}, top_k={self.top_k}, num_subkeys={self.num_subkeys}, "
             f"value_dim={self.values.shape[1]}"
         )
+
+
+class _SparseGradient(torch.autograd.Function):
+    """read unchanged, where read = sum_j share[:, j] table[bags[:, j]]; the table's gradient has each row read once.
+
+    PyTorch's own sparse gradient has an entry for each read: larger than the table where tokens x heads x top_k are
+    more than its rows. The gradient of a bag of rows is a bag of tokens: those that read row r, each times its share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, table: Tensor, bags: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(bags, share)
+        ctx.shape = table.shape
+        return read.view_as(read)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        bags, share = ctx.saved_tensors
+        chosen, order = bags.flatten().sort(stable=True)
+        rows, counts = torch.unique_consecutive(chosen, return_counts=True)
+        values = embedding_bag(
+            order // bags.shape[1], gradient.contiguous(), counts.cumsum(0) - counts, mode="sum",
+            per_sample_weights=share.flatten()[order],
+        )  # fmt: skip
+        # Rows are in order and there once: nothing to check, and later nothing to coalesce.
+        table = torch.sparse_coo_tensor(rows[None], values, ctx.shape, is_coalesced=True, check_invariants=False)
+        return gradient, table, None, None

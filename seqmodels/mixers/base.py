@@ -37,7 +37,7 @@ class ParameterHint(NamedTuple):
 
     weight_decay: float | None = None
     learning_rate: float | None = None  # an upper bound: min(this, global)
-    sparse_gradient: bool = False  # of the rows read alone: for SparseAdam, which has no weight decay
+    sparse_gradient: bool = False  # a sparse tensor of the rows read; no weight decay then
 
 
 class Mixer(nn.Module):

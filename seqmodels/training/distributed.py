@@ -120,19 +120,11 @@ def parallelize(
     Args:
         whole: every parameter meets a gradient in every step (under a curriculum, not all do).
         apart: parameters with sparse gradients, which the caller averages
-            (:func:`~seqmodels.training.gradients.settle_sparse_gradients`).
-
-    Raises:
-        ConfigError: ``fsdp`` with a sparse gradient.
+            (:func:`~seqmodels.training.gradients.settle_sparse_gradients`); none for ``fsdp``.
     """
     if here.world_size == 1:
         return objective
     if kind == "fsdp":
-        if apart:
-            raise ConfigError(
-                f"parallel=fsdp shards no parameter with a sparse gradient, such as {apart[0]}; set the layer's "
-                "sparse: false, or parallel=ddp"
-            )
         mesh = dist.init_device_mesh(here.device.type, (here.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)

@@ -43,7 +43,7 @@ from seqmodels.training.divergence import (
     non_finite_gradients,
 )
 from seqmodels.training.feed import Feed, micro_batch_rows
-from seqmodels.training.gradients import clip_gradients, gradient_norm, settle_sparse_gradients
+from seqmodels.training.gradients import check_sparse_gradients, clip_gradients, gradient_norm, settle_sparse_gradients
 from seqmodels.training.objective import ObjectiveOutput, buffers_kept, make_objective, state_template
 from seqmodels.training.optimizer import (
     load_optimizer_tensors,
@@ -101,6 +101,9 @@ class Trainer:
         self.feed = Feed(config, self.data, here)
         torch.manual_seed(config.seed)
         self.model = LanguageModel(config.model).to(here.device)
+        sparse = sparse_parameters(self.model)
+        sharded = config.parallel == "fsdp" and here.world_size > 1
+        check_sparse_gradients(sparse, sharded=sharded, compiled=config.compile)
         self._template = state_template(self.model) if self.feed.longest is not None else None
         self.run = self._open_run(folder, resume)
         objective = make_objective(self.model, self.feed.masking, self.feed.longest)

@@ -1,4 +1,4 @@
-"""AdamW with groups by parameter name (SparseAdam for sparse gradients), and its state as plain named tensors."""
+"""AdamW with groups by parameter name (by rows for sparse gradients), and its state as plain named tensors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from seqmodels.models.hints import parameter_hints
 from seqmodels.training.config import OptimizerConfig
+from seqmodels.training.table_adam import TableAdam
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 class AdamWithTables(torch.optim.Optimizer):
-    """AdamW, and SparseAdam for parameters with sparse gradients, as one: one list of groups, one state."""
+    """AdamW, and TableAdam for parameters with sparse gradients, as one: one list of groups, one state."""
 
-    def __init__(self, dense: torch.optim.AdamW, tables: torch.optim.SparseAdam) -> None:
+    def __init__(self, dense: torch.optim.AdamW, tables: TableAdam) -> None:
         super().__init__([*dense.param_groups, *tables.param_groups], {})
         self._members = (dense, tables)
         for member in self._members:
@@ -45,7 +46,7 @@ def make_optimizer(
     hint replaces the decay, and caps the learning rate: min(hint, global). Each group carries its
     ``peak`` learning rate; :func:`set_learning_rate` multiplies it by the schedule's factor. A group holds
     parameters of one ``part(name)``, which may have a factor of its own. Parameters whose hint says that their
-    gradient is sparse have SparseAdam.
+    gradient is sparse have :class:`~seqmodels.training.table_adam.TableAdam`.
 
     Raises:
         ValueError: weight decay on a sparse gradient.
@@ -64,7 +65,7 @@ def make_optimizer(
         sparse = hint is not None and hint.sparse_gradient
         if sparse and decay:
             raise ValueError(
-                f"{name} has a sparse gradient and weight_decay={decay}; SparseAdam does not decay weights: give the "
+                f"{name} has a sparse gradient and weight_decay={decay}; TableAdam does not decay weights: give the "
                 "parameter's hint weight_decay=0.0"
             )
         groups.setdefault((decay, peak, part(name), sparse), []).append(parameter)
@@ -75,7 +76,7 @@ def make_optimizer(
         (tables if sparse else dense).append(group)
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
     adam = torch.optim.AdamW(dense, **options, fused=True)
-    return AdamWithTables(adam, torch.optim.SparseAdam(tables, **options)) if tables else adam
+    return AdamWithTables(adam, TableAdam(tables, **options)) if tables else adam
 
 
 def set_learning_rate(
@@ -92,7 +93,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     tensors = {}
     for name, parameter in model.named_parameters():
         for field, value in optimizer.state.get(parameter, {}).items():
-            # SparseAdam counts its steps in a Python integer.
+            # TableAdam counts its steps in a Python integer.
             tensors[f"{name}.{field}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
 

@@ -60,9 +60,13 @@ def test_a_sparse_gradient_holds_the_rows_read_and_the_same_numbers():
         layer(x).y.sum().backward()
     grad = sparse.values.grad
     assert grad.is_sparse
+    assert (grad._indices().diff() > 0).all()  # each row once, in order
     grad = grad.coalesce()
     assert set(grad.indices()[0].tolist()) == set(sparse.lookup(x)[0].flatten().tolist())
     torch.testing.assert_close(grad.to_dense(), dense.values.grad, rtol=1e-12, atol=1e-15)
+    for name, parameter in dense.named_parameters():
+        if name != "values":
+            assert torch.equal(parameter.grad, sparse.get_parameter(name).grad), name
     optimizer = torch.optim.SparseAdam([sparse.values], lr=0.1)
     before = sparse.values.detach().clone()
     optimizer.step()

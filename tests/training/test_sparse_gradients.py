@@ -16,11 +16,12 @@ from training_cases import tiny_config
 from seqmodels.configuration import ConfigError
 from seqmodels.mixers.base import ParameterHint
 from seqmodels.training.config import OptimizerConfig
-from seqmodels.training.distributed import Processes, parallelize
+from seqmodels.training.distributed import Processes
 from seqmodels.training.divergence import non_finite_gradients
-from seqmodels.training.gradients import clip_gradients, gradient_norm, settle_sparse_gradients
+from seqmodels.training.gradients import check_sparse_gradients, clip_gradients, gradient_norm, settle_sparse_gradients
 from seqmodels.training.loop import train
 from seqmodels.training.optimizer import make_optimizer, set_learning_rate
+from seqmodels.training.table_adam import TableAdam
 
 HERE = Processes(0, 1, torch.device("cpu"))
 MEMORY = {"num_heads": 2, "top_k": 2, "query_dim": 4, "num_subkeys": 8, "value_dim": 4, "dropout": 0.0}
@@ -76,7 +77,7 @@ def test_one_step_is_adam_on_the_rows_read_and_nothing_elsewhere() -> None:
             optimizer.zero_grad()
             model(picked).backward()
             optimizer.step()
-    # The same rows in every step: SparseAdam is Adam on them (epsilon apart, which it adds elsewhere).
+    # The same rows in every step: this is Adam on them (epsilon apart, which is added before the bias correction).
     torch.testing.assert_close(sparse.rows, dense.rows, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(sparse.matrix, dense.matrix, rtol=0, atol=0)
     moved = (sparse.rows != start).any(1)
@@ -100,6 +101,30 @@ def test_rows_that_are_not_read_keep_their_moments() -> None:
     assert first.rows.grad is not None
     torch.testing.assert_close(moment[1], 0.1 * first.rows.grad.to_dense()[1])  # as after its own step
     assert not moment[0].any()
+
+
+@pytest.mark.parametrize("width", [3, 70_000])  # one chunk, and one row a chunk
+def test_steps_are_those_of_sparse_adam(width: int) -> None:
+    weights = torch.randn(9, width, dtype=torch.float64)
+    tables = [nn.Parameter(weights.clone()) for _ in range(2)]
+    ours = TableAdam([tables[0]], lr=0.1, betas=(0.8, 0.9), eps=1e-3)
+    theirs = torch.optim.SparseAdam([tables[1]], lr=0.1, betas=(0.8, 0.9), eps=1e-3)
+    for rows in ([1, 4, 1], [4, 8], [], [0, 1]):
+        values = torch.randn(len(rows), width, dtype=torch.float64)
+        for table in tables:
+            table.grad = torch.sparse_coo_tensor(
+                torch.tensor([rows], dtype=torch.int64), values, table.shape, check_invariants=True
+            )
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(tables[0], tables[1], rtol=1e-12, atol=1e-13)
+    for name in ("exp_avg", "exp_avg_sq"):
+        mine, other = ours.state[tables[0]][name], theirs.state[tables[1]][name]
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+    assert ours.state[tables[0]]["step"] == theirs.state[tables[1]]["step"]
+    tables[0].grad = torch.ones_like(weights)
+    with pytest.raises(RuntimeError, match="TableAdam got a dense gradient"):
+        ours.step()
 
 
 def test_decay_on_a_sparse_gradient_is_refused() -> None:
@@ -164,6 +189,10 @@ def test_it_goes_with_autocast_and_with_windows(tmp_path: Path, changes: dict[st
     assert all(parameter.isfinite().all() for parameter in result.model.parameters())
 
 
-def test_sharding_a_sparse_gradient_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no parameter with a sparse gradient, such as rows; .*sparse: false"):
-        parallelize(Table(True), [], "fsdp", Processes(0, 2, torch.device("cpu")), apart=["rows"])
+def test_what_makes_no_sparse_gradient_refuses_it(tmp_path: Path) -> None:
+    made = tiny_config(tmp_path, **SETTINGS, compile=True)
+    with pytest.raises(ConfigError, match=r"compile=true traces no sparse .*blocks\.1\.layer\.values.*sparse: false"):
+        train(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"parallel=fsdp shards no sparse gradient, and rows has one; .*parallel=ddp"):
+        check_sparse_gradients(["rows"], sharded=True, compiled=False)
