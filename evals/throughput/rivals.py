@@ -129,7 +129,7 @@ def _mamba_chunk_scan() -> Callable[[dict[str, Tensor]], Tensor]:
 
 
 def _per_head(tensor: Tensor, heads: int) -> Tensor:
-    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+    return tensor if tensor.shape[2] == heads else tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
 
 
 def short_conv_rivals(device: torch.device) -> Iterator[Rival]:
