@@ -31,6 +31,7 @@ LAYERS = {
 }
 SMALL = {
     "sparse_global_attention": {"block": 4, "num_globals": 3},
+    "s4_dplr": {"d_state": 4},
     "product_key_memory": {"num_heads": 2, "top_k": 3, "query_dim": 8, "num_subkeys": 6, "value_dim": 5},
 }
 PATTERN = "mamba2|window chunk_moe attention gated_conv>mlp kv_shift_attention"
@@ -115,7 +116,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.model = LanguageModel(
-            ModelConfig(vocab_size=8, d_model=d_model, pattern=PATTERN, layers=LAYERS, meta_tokens=COUNT)
+            ModelConfig(
+                vocab_size=8, d_model=d_model, pattern="mamba2|window attention>mlp", layers=LAYERS, meta_tokens=COUNT
+            )
         )
 
     def forward(self, x, state=None, *, layout=None, return_state=False):
@@ -263,7 +266,7 @@ def test_bfloat16_and_autocast_keep_the_states_dtypes() -> None:
 
 
 def test_compiles_whole() -> None:
-    model, ids = meta_model(pattern="window gated_conv attention").eval(), tokens(2, 9)
+    model, ids = meta_model(pattern="window|attention").eval(), tokens(2, 9)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, return_state=True).logits, model(ids).logits)
 
