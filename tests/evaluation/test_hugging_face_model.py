@@ -146,3 +146,31 @@ def test_what_is_no_model_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
     with pytest.raises(ValueError, match=r"'gpt2' \(OSError: We couldn't connect to the hub\); expected .* reachable"):
         open_text_model("hf:gpt2")
+
+
+def test_the_adapter_agrees_with_the_one_of_lm_eval(tmp_path):
+    pytest.importorskip("lm_eval", reason="the adapter needs lm-eval: pip install 'seqmodels[eval]'")
+    pytest.importorskip("accelerate", reason="lm-eval's own adapter needs accelerate")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from seqmodels.evaluation.harness import SeqmodelsLM
+
+    name = saved(tmp_path / "m", "gpt2", bos=True)
+    theirs = HFLM(pretrained=str(tmp_path / "m"), dtype="float64", device="cpu", batch_size=3)
+    ours = SeqmodelsLM(name, batch_size=3)
+
+    def ask(kind, arguments):
+        requests = [Instance(request_type=kind, doc={}, arguments=item, idx=0) for item in arguments]
+        return [getattr(lm, kind)(requests, disable_tqdm=True) for lm in (theirs, ours)]
+
+    pairs = [(text, f" {rest}") for text, rest in zip(PROMPTS, PROMPTS[::-1], strict=True)]
+    pairs += [("a hen " * 30, " fox"), ("a hen ", "fox")]  # beyond the model's 24 tokens; a space that moves
+    expected, found = ask("loglikelihood", pairs)
+    for (total, greedy), (own, own_greedy) in zip(expected, found, strict=True):
+        assert own == pytest.approx(total, rel=1e-9)
+        assert own_greedy == greedy
+    settings = {"until": [" fox", "\n"], "max_gen_toks": 6}
+    expected, found = ask("generate_until", [(text, settings) for text in [*PROMPTS, "a hen jumps " * 12]])
+    assert found == expected
+    # Not so loglikelihood_rolling: lm-eval's own scores the bos token too where the tokenizer puts one before a text.
