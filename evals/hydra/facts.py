@@ -47,7 +47,7 @@ def measure(seed: int, options: dict[str, Any], say: Say) -> list[dict[str, Any]
                 )
 
     train(model, batch, options, say, watch)
-    about = {"facts": len(tokens), "chance": 1 / ANSWERS}
+    about = {"facts": len(tokens), "chance": 1 / ANSWERS, "parameters": model.num_parameters()}
     found = [{"metric": "accuracy", "value": right(model, tokens, targets), "unit": "", "about": about}]
     if memory is not None:
         for index, spec in zip(model.backbone.order, model.backbone.specs, strict=True):

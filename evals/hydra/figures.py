@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,35 +39,48 @@ def draw_throughput(table: dict[str, dict[str, dict[int, float]]], path: Path) -
 
 
 def draw_routing(found: dict[str, list[Run]], path: Path) -> None:
+    """Means over seeds, with the least and the greatest."""
     with _figure(path, 2) as panels:
         for axes, metric, title in zip(
             panels, ("assignment_entropy", "usage_std"), ("assignment entropy, nats", "std of usage"), strict=True
         ):
-            for weight in sorted({_options(runs)["balance_weight"] for runs in found.values()}):
+            for index, weight in enumerate(sorted({_options(runs)["balance_weight"] for runs in found.values()})):
                 points = sorted(
-                    (
-                        _options(runs)["temperature"],
-                        statistics.mean(row["value"] for row in runs[0].named(metric).values()),
-                    )
+                    (_options(runs)["temperature"], sorted(over_layers(run, metric) for run in runs))
                     for runs in found.values()
                     if _options(runs)["balance_weight"] == weight
                 )
-                axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=f"balance weight {weight:g}")
-            axes.set(title=title, xlabel="temperature")
+                means = [statistics.mean(values) for _, values in points]
+                errors = [
+                    [mean - values[0] for mean, (_, values) in zip(means, points, strict=True)],
+                    [values[-1] - mean for mean, (_, values) in zip(means, points, strict=True)],
+                ]
+                places = [temperature * 1.03**index for temperature, _ in points]  # beside each other
+                axes.errorbar(
+                    places, means, errors, marker="o", ms=3, capsize=2, lw=1, label=f"balance weight {weight:g}"
+                )
+            axes.set(title=title, xlabel="temperature", xscale="log")
+            axes.set_xticks([temperature for temperature, _ in points], [f"{t:g}" for t, _ in points])
+            axes.minorticks_off()
+        panels[0].axhline(math.log(4), color="black", ls="--", lw=0.8, label="even use")
         panels[0].legend()
 
 
+def over_layers(run: Run, metric: str) -> float:
+    return statistics.mean(row["value"] for row in run.named(metric).values())
+
+
 def draw_memory(found: dict[str, list[Run]], path: Path) -> None:
-    with _figure(path, 1) as panels:
+    with _figure(path, 1, 7.5) as panels:
         for index, (_, runs) in enumerate(found.items()):
             values = [run.value("accuracy") for run in runs]
             panels[0].bar(index, statistics.mean(values), color=f"C{index}", alpha=0.6)
             panels[0].plot([index] * len(values), values, "k.")
-        panels[0].axhline(
-            next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"], color="black", ls="--", lw=0.8
-        )
-        panels[0].set_xticks(range(len(found)), [arm.replace("/", "\n") for arm in found])
-        panels[0].set(ylabel="accuracy", ylim=(0, 1.05))
+        chance = next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"]
+        panels[0].axhline(chance, color="black", ls="--", lw=0.8, label="chance")
+        panels[0].set_xticks(range(len(found)), [arm.replace("/", "\n").replace(", ", ",\n") for arm in found])
+        panels[0].set(ylabel="accuracy; a dot a seed", ylim=(0, 1.05))
+        panels[0].legend()
 
 
 def draw_facts(found: dict[str, list[Run]], path: Path) -> None:
@@ -94,14 +108,14 @@ def _options(runs: list[Run]) -> dict[str, Any]:
 
 
 @contextmanager
-def _figure(path: Path, panels: int) -> Iterator[list[Any]]:
+def _figure(path: Path, panels: int, width: float = 4.6) -> Iterator[list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.3), squeeze=False)
+        figure, axes = plt.subplots(1, panels, figsize=(width * panels, 3.3), squeeze=False)
         yield list(axes[0])
         figure.tight_layout()
         figure.savefig(path, bbox_inches="tight")

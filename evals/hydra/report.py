@@ -48,6 +48,11 @@ def write_report(target: Path, folders: Sequence[Path]) -> Path:
 def _throughput(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
     table = figures.throughput_table(found)
     figures.draw_throughput(table, target / "throughput.png")
+    parameters = {
+        model: row["config"]["parameters"]
+        for runs in found.values()
+        for model, row in runs[-1].named("state_bytes").items()
+    }
     yield from ("## Throughput", "", "![tokens a second over length](throughput.png)", "")
     for metric, title in (
         ("forward_tokens_per_second", "Tokens a processor second, forward over a whole sequence"),
@@ -59,10 +64,14 @@ def _throughput(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
         scale = 2**20 if metric == "state_bytes" else 1
         digits = 2 if metric == "state_bytes" else 0
         rows = [
-            [model, *(f"{values[n] / scale:,.{digits}f}" if n in values else "" for n in lengths)]
+            [
+                model,
+                f"{parameters[model]:,}",
+                *(f"{values[n] / scale:,.{digits}f}" if n in values else "" for n in lengths),
+            ]
             for model, values in by_model.items()
         ]
-        yield from (f"{title}:", "", *markdown_table(["model", *map(str, lengths)], rows), "")
+        yield from (f"{title}:", "", *markdown_table(["model", "parameters", *map(str, lengths)], rows), "")
         for rival in ("transformer, eager", "transformer, fused"):
             if metric == "state_bytes" or "hydra (mamba3)" not in by_model:
                 continue
@@ -80,27 +89,49 @@ def _routing(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
     figures.draw_routing(found, target / "routing.png")
     rows = []
     for arm, runs in found.items():
-        entropy = [row["value"] for row in runs[0].named("assignment_entropy").values()]
-        spread = [row["value"] for row in runs[0].named("usage_std").values()]
-        numbers = (f"{statistics.mean(entropy):.3f}", f"{statistics.mean(spread):.3f}")
-        rows.append([arm, *numbers, f"{runs[0].value('loss'):.3f}"])
+        numbers = (
+            [figures.over_layers(run, name) for run in runs] for name in ("assignment_entropy", "usage_std")
+        )  # fmt: skip
+        losses = [run.value("loss") for run in runs]
+        rows.append([arm, *(_spread(values) for values in (*numbers, losses))])
     yield from ("## Routing", "", "![entropy and spread of the experts' use](routing.png)", "")
-    yield f"Means over the layers with experts. The entropy of an even use of 4 experts is {math.log(4):.3f} nats."
+    yield (
+        f"Means over the layers with experts, then over seeds, with the least and the greatest seed. The entropy of an "
+        f"even use of 4 experts is {math.log(4):.3f} nats."
+    )
     yield from ("", *markdown_table(["arm", "assignment entropy, nats", "std of usage", "held-out loss"], rows), "")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def _memory(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
     figures.draw_memory(found, target / "memory.png")
     rows = []
     for arm, runs in found.items():
-        accuracy = [run.value("accuracy") for run in runs]
-        gate = [run.value("read_gate") for run in runs if ("read_gate", None) in run.rows]
-        seeds = ", ".join(f"{value:.3f}" for value in accuracy)
-        rows.append([arm, f"{statistics.mean(accuracy):.3f}", seeds, f"{statistics.mean(gate):.3f}" if gate else ""])
+        about = runs[0].rows["accuracy", None]["config"]
+        seeds = ", ".join(f"{run.value('accuracy'):.3f}" for run in runs)
+        others = [
+            ", ".join(f"{run.value(name):.3f}" for run in runs if (name, None) in run.rows)
+            for name in ("signal", "read_gate")
+        ]
+        rows.append([arm, f"{about['parameters']:,}", f"{_mean(runs, 'accuracy'):.3f}", seeds, *others])
+    options = next(iter(found.values()))[0].last["config"]["cell"]["options"]
     chance = next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"]
     yield from ("## Memory beyond the window", "", "![accuracy with and without a workspace](memory.png)", "")
-    yield f"A value named at the beginning, asked for where no window reaches; chance is {chance:.4f}."
-    yield from ("", *markdown_table(["arm", "accuracy", "seeds", "read gate"], rows), "")
+    yield (
+        f"A value named once at the beginning, asked for where no window reaches; chance is {chance:.4f}, "
+        f"{options['rows']} rows a seed that no step has seen, {options['steps']} steps of {options['batch_size']} "
+        "rows. Signal: how much the workspace's output at the question changes with the value before training, "
+        "relative to its norm. Gates after training. One number a seed."
+    )
+    header = ["arm", "parameters", "accuracy", "seeds", "signal", "read gate"]
+    yield from ("", *markdown_table(header, rows), "")
+
+
+def _mean(runs: list[Run], metric: str) -> float:
+    return statistics.mean(run.value(metric) for run in runs)
 
 
 def _facts(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
@@ -111,6 +142,7 @@ def _facts(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
         rows.append(
             [
                 arm,
+                f"{runs[0].rows['accuracy', None]['config']['parameters']:,}",
                 ", ".join(f"{run.value('accuracy'):.3f}" for run in runs),
                 ", ".join(f"{value:.3f}" for value in ablated),
             ]
@@ -118,4 +150,8 @@ def _facts(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
     config = next(iter(found.values()))[0].rows["accuracy", None]["config"]
     yield from ("## Closed-book facts", "", "![accuracy, and the gate over training](facts.png)", "")
     yield f"{config['facts']} random facts, all trained on; chance is {config['chance']:.4f}. One number a seed."
-    yield from ("", *markdown_table(["trained with", "accuracy", "memory switched off after training"], rows), "")
+    yield from (
+        "",
+        *markdown_table(["trained with", "parameters", "accuracy", "memory switched off after training"], rows),
+        "",
+    )

@@ -10,6 +10,12 @@ import msgspec
 
 Study = Literal["throughput", "routing", "memory", "facts"]
 SEEDS = (0, 1, 2)
+ON, FLAT, OFF = "workspace on", "workspace on, addresses of deviation 1", "workspace off"
+WORKSPACES: dict[str, dict[str, Any]] = {
+    ON: {"workspace": True, "address_std": 8.0},
+    FLAT: {"workspace": True, "address_std": 1.0},
+    OFF: {"workspace": False},
+}
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -46,9 +52,9 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "routing": {"steps": 250, "batch_size": 8, "learning_rate": 3e-3},
         "memory": {
-            "steps": {"gated_conv": 1000, "hydra_diag": 300},
-            "batch_size": 16,
-            "learning_rate": 1e-2,
+            "steps": 300,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
             "rows": 512,
         },
         "facts": {"steps": 600, "batch_size": 256, "learning_rate": 3e-3, "facts": 2048},
@@ -56,7 +62,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "throughput": {"lengths": [64], "d_model": 32, "blocks": 3, "rounds": 1, "tokens": 2},
         "routing": {"steps": 3, "batch_size": 2, "learning_rate": 3e-3},
-        "memory": {"steps": {"gated_conv": 3, "hydra_diag": 3}, "batch_size": 2, "learning_rate": 3e-3, "rows": 8},
+        "memory": {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "rows": 8},
         "facts": {"steps": 3, "batch_size": 8, "learning_rate": 3e-3, "facts": 8},
     },
 }
@@ -72,15 +78,15 @@ def suite_cells(suite: str) -> list[Cell]:
         raise ValueError(f"unknown suite {suite!r}; expected one of {', '.join(SIZES)}")
     sizes = SIZES[suite]
     cells = []
-    for mixer, workspace, seed in itertools.product(("gated_conv", "hydra_diag"), ("on", "off"), SEEDS):
-        steps = sizes["memory"]["steps"][mixer]  # the recurrence learns it sooner
-        options = {**sizes["memory"], "steps": steps, "mixer": mixer, "workspace": workspace == "on"}
-        cells.append(Cell(suite, "memory", f"{mixer}/workspace {workspace}", seed, options))
+    for (mixer, arm), seed in itertools.product(itertools.product(("gated_conv", "hydra_diag"), WORKSPACES), SEEDS):
+        options = {**sizes["memory"], "mixer": mixer, **WORKSPACES[arm]}
+        if mixer == "gated_conv" or arm != FLAT:
+            cells.append(Cell(suite, "memory", f"{mixer}/{arm}", seed, options))
     for memory, seed in itertools.product(("on", "off"), SEEDS):
         cells.append(Cell(suite, "facts", f"memory {memory}", seed, {**sizes["facts"], "memory": memory == "on"}))
-    for temperature, weight in itertools.product((0.5, 1.0, 2.0), (0.0, 1e-2)):
+    for temperature, weight, seed in itertools.product((0.5, 1.0, 2.0), (0.0, 1e-2), SEEDS):
         options = {**sizes["routing"], "temperature": temperature, "balance_weight": weight}
-        cells.append(Cell(suite, "routing", f"tau={temperature:g},alpha={weight:g}", 0, options))
+        cells.append(Cell(suite, "routing", f"tau={temperature:g},alpha={weight:g}", seed, options))
     timing = dict(sizes["throughput"])
     for length in timing.pop("lengths"):
         cells.append(Cell(suite, "throughput", f"L{length}", 0, {**timing, "length": length}))

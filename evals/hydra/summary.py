@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from evals.results import latest
 
 SUITE = "hydra"
+SOLVED = 0.9
 CONTROLLED = "cpu"  # the suite whose controls mean something: smoke trains for three steps
 
 
@@ -61,13 +62,18 @@ def arms(runs: Collection[Run], study: str) -> dict[str, list[Run]]:
 def judge(runs: Collection[Run]) -> list[tuple[str, bool]]:
     """What each control says, and whether it holds.
 
-    Nothing but the workspace reaches the value when the other path is a convolution: without it, accuracy over
-    all seeds must be within four standard errors of chance. A product-key memory that is switched off must
-    cost accuracy in every seed.
+    Nothing but the workspace reaches the value when the other path is a convolution: with it every seed must answer,
+    without it accuracy over all seeds must be within four standard errors of chance. Switching a product-key memory
+    off must cost more accuracy, in every seed, than four standard errors of a difference of such shares.
     """
     verdicts = []
     runs = [run for run in runs if run.last["config"]["suite"] == CONTROLLED]
-    blind = arms(runs, "memory").get("gated_conv/workspace off", [])
+    memory = arms(runs, "memory")
+    for run in memory.get("gated_conv/workspace on", []):
+        accuracy = run.value("accuracy")
+        text = f"workspace, seed {run.seed}: accuracy {accuracy:.3f} beyond the window; at least {SOLVED}"
+        verdicts.append((text, accuracy >= SOLVED))
+    blind = memory.get("gated_conv/workspace off", [])
     if blind:
         chance = blind[0].rows["accuracy", None]["config"]["chance"]
         asked = sum(run.last["config"]["cell"]["options"]["rows"] for run in blind)
@@ -76,6 +82,8 @@ def judge(runs: Collection[Run]) -> list[tuple[str, bool]]:
         verdicts.append((f"convolutions without a workspace: accuracy {mean:.3f}; at most {bound:.3f}", mean <= bound))
     for run in arms(runs, "facts").get("memory on", []):
         kept, ablated = run.value("accuracy"), run.value("accuracy_ablated")
-        text = f"facts, seed {run.seed}: accuracy {kept:.3f} falls to {ablated:.3f} without the memory"
-        verdicts.append((text, ablated < kept))
+        count = run.rows["accuracy", None]["config"]["facts"]
+        bound = kept - 4 * math.sqrt(2 * 0.25 / count)
+        text = f"facts, seed {run.seed}: accuracy {kept:.3f} with the memory, {ablated:.3f} without; below {bound:.3f}"
+        verdicts.append((text, ablated < bound))
     return verdicts

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import rms_norm
 
 from seqmodels.layout import Layout
 from seqmodels.mixers.base import Mixer, MixerOutput, ParameterHint, check_positive
+from seqmodels.mixers.workspace_segments import FLOOR, Sums, cut, gather, mean, open_segments, segments
 from seqmodels.ops.documents import AlignedBlocks, aligned_blocks
 from seqmodels.ops.linear_recurrence import linear_recurrence
 from seqmodels.ops.registration import state_dtype
 from seqmodels.state import State
-
-_FLOOR = -1e30  # below every score, and finite: no NaN in differences
 
 
 class WorkspaceState(State):
@@ -27,14 +26,6 @@ class WorkspaceState(State):
     mass: Tensor  # (batch, slots), sum of exp(score - largest)
     gathered: Tensor  # (batch, slots, rank), the same sum of the gated values
     position: Tensor  # (batch,) int64
-
-
-class _Sums(NamedTuple):
-    """An online softmax over tokens, for each slot: (..., slots), (..., slots), (..., slots, rank)."""
-
-    largest: Tensor
-    mass: Tensor
-    gathered: Tensor
 
 
 class Workspace(Mixer):
@@ -138,12 +129,13 @@ class Workspace(Mixer):
         rows = torch.where(held[..., None], flat[blocks.token.clamp_min(0)], 0)  # (blocks, segment, d_model)
         write_gate = self._write_gate(rows)
         score, value = self._write(rows, write_gate)
-        sums = self._gather(score, value, held, _open_segments(before, blocks, self.segment))
+        past = Sums(before.largest, before.mass, before.gathered)
+        sums = gather(score, value, held, open_segments(past, before.position, blocks, self.segment))
         whole = blocks.filled.all(1)
         keep, update = self._update(sums, whole)
         after, _ = linear_recurrence(
             keep[..., None].expand_as(update).flatten(1)[None], update.flatten(1)[None],
-            initial_state=before.slots.flatten(1), layout=_segments(blocks, before.position),
+            initial_state=before.slots.flatten(1), layout=segments(blocks, before.position),
         )  # fmt: skip
         after = after[0].view_as(update)
         slots = torch.where(
@@ -155,9 +147,9 @@ class Workspace(Mixer):
         valid = blocks.slot_of_token >= 0
         y = torch.where(valid[:, None], picked, 0).view(x.shape)
         aux = {
-            "read_gate": _mean(read_gate, held),
-            "write_gate": _mean(write_gate, held),
-            "update": _mean(1 - keep, (whole & blocks.used)[:, None].expand_as(keep)),
+            "read_gate": mean(read_gate, held),
+            "write_gate": mean(write_gate, held),
+            "update": mean(1 - keep, (whole & blocks.used)[:, None].expand_as(keep)),
         }
         final = None
         if return_state:
@@ -175,9 +167,9 @@ class Workspace(Mixer):
         gathered = state.gathered * old[..., None] + new[..., None] * value.unsqueeze(1)
         state.position += 1
         ends = (state.position % self.segment == 0)[:, None]
-        keep, update = self._update(_Sums(largest, mass, gathered), ends[:, 0])
+        keep, update = self._update(Sums(largest, mass, gathered), ends[:, 0])
         state.slots.copy_(keep[..., None] * state.slots + update)
-        state.largest.copy_(torch.where(ends, _FLOOR, largest))
+        state.largest.copy_(torch.where(ends, FLOOR, largest))
         state.mass.copy_(torch.where(ends, 0, mass))
         state.gathered.copy_(torch.where(ends[..., None], 0, gathered))
         return y.squeeze(1)
@@ -195,8 +187,9 @@ class Workspace(Mixer):
 
     def flops(self, length: int) -> int:
         per_token = 4 * self.d_model * self.rank + 4 * self.num_slots * self.rank  # as counted in MACs: q, o, k2, v2
-        segments = math.ceil(length / self.segment)
-        return 2 * (length * per_token + segments * self.num_slots * 3 * self.d_model * self.rank)
+        return 2 * (
+            length * per_token + math.ceil(length / self.segment) * self.num_slots * 3 * self.d_model * self.rank
+        )
 
     def _from_the_start(self, x: Tensor, return_state: bool) -> MixerOutput:
         """Rows that begin documents: segments are slices, and the first segments of all rows read W_0 as one matrix.
@@ -210,24 +203,25 @@ class Workspace(Mixer):
         read_gate, write_gate = self._read_gate(x), self._write_gate(x)
         written = length if return_state else closed * size
         score, value = self._write(x[:, :written], write_gate[:, :written])
-        keep, update = self._update(self._gather(*(_cut(part[:, : closed * size], size) for part in (score, value))))
+        sums = gather(cut(score[:, : closed * size], size), cut(value[:, : closed * size], size))
+        keep, update = self._update(sums)
         slots = update  # (batch, closed, num_slots, d_model)
         if closed:
             slots, _ = linear_recurrence(
                 keep[..., None].expand_as(update).flatten(2), update.flatten(2), initial_state=before.slots.flatten(1)
             )
             slots = slots.view_as(update)
-        first = self._read(x[:, :size], self.initial_slots, read_gate[:, :size])
-        later = self._read(_cut(x[:, size:], size), slots, _cut(read_gate[:, size:], size)).flatten(1, 2)
+        first = self._read(x[:, :size], before.slots[0], read_gate[:, :size])
+        later = self._read(cut(x[:, size:], size), slots, cut(read_gate[:, size:], size)).flatten(1, 2)
         y = torch.cat([first, later[:, : length - first.shape[1]]], 1)
         final, updates = None, 1 - keep.flatten(1)
         if return_state:
             last = slots[:, -1] if closed else before.slots
-            sums = self._gather(score[:, closed * size :], value[:, closed * size :])
+            sums = gather(score[:, closed * size :], value[:, closed * size :])
             if length % size == 0:
                 keep, update = self._update(sums)
                 last, updates = keep[..., None] * last + update, torch.cat([updates, 1 - keep], 1)
-                sums = _Sums(before.largest, before.mass, before.gathered)
+                sums = Sums(before.largest, before.mass, before.gathered)
             last = last.clone(memory_format=torch.contiguous_format)
             final = WorkspaceState(last, *sums, before.position + length)
         aux = {
@@ -242,7 +236,7 @@ class Workspace(Mixer):
         sums = torch.zeros(documents, self.num_slots, dtype=carried, device=device)
         return WorkspaceState(
             self.initial_slots.to(carried).expand(documents, -1, -1),
-            sums + _FLOOR,
+            sums + FLOOR,
             sums,
             torch.zeros(documents, self.num_slots, self.rank, dtype=carried, device=device),
             torch.zeros(documents, dtype=torch.int64, device=device),
@@ -277,24 +271,7 @@ class Workspace(Mixer):
             score = key @ self.addresses.to(dtype).T / math.sqrt(self.rank)
         return score, (gate[..., None] * self.write_value(rows)).to(dtype)
 
-    def _gather(self, score: Tensor, value: Tensor, held: Tensor | None = None, past: _Sums | None = None) -> _Sums:
-        """Sums of segments (..., tokens, slots or rank): over the tokens ``held`` (all), after what is ``past``."""
-        if held is not None:
-            score = score.masked_fill(~held[..., None], _FLOOR)
-        largest = score.amax(-2) if past is None else torch.maximum(score.amax(-2), past.largest)
-        largest = largest.detach()  # it cancels: no gradient passes through it
-        weight = (score - largest.unsqueeze(-2)).exp()
-        if held is not None:
-            weight = weight * held[..., None]
-        mass = weight.sum(-2)
-        with torch.autocast(score.device.type, enabled=False):  # as decode adds them
-            gathered = weight.mT @ value
-        if past is None:
-            return _Sums(largest, mass, gathered)
-        scale = (past.largest - largest).exp()
-        return _Sums(largest, mass + scale * past.mass, gathered + scale[..., None] * past.gathered)
-
-    def _update(self, sums: _Sums, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _update(self, sums: Sums, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """1 - z (..., slots) and z candidate (..., slots, d_model); z = 0 for a segment that is not ``whole``."""
         mass = sums.mass.clamp_min(torch.finfo(sums.mass.dtype).tiny)
         evidence = sums.largest + mass.log() - math.log(self.segment)
@@ -312,7 +289,7 @@ class Workspace(Mixer):
         self,
         before: WorkspaceState,
         blocks: AlignedBlocks,
-        sums: _Sums,
+        sums: Sums,
         after: Tensor,
         whole: Tensor,
         lengths: Tensor,
@@ -327,40 +304,8 @@ class Workspace(Mixer):
 
         return WorkspaceState(
             pick(after, before.slots),
-            pick(sums.largest, before.largest, _FLOOR),
+            pick(sums.largest, before.largest, FLOOR),
             pick(sums.mass, before.mass, 0.0),
             pick(sums.gathered, before.gathered, 0.0),
             before.position + lengths,
         )
-
-
-def _cut(tokens: Tensor, size: int) -> Tensor:
-    """(batch, length, ...) as (batch, ceil(length / size), size, ...), with zeros behind the end."""
-    count = -(-tokens.shape[1] // size)
-    if tokens.shape[1] < count * size:
-        tokens = pad(tokens, (0, 0) * (tokens.dim() - 2) + (0, count * size - tokens.shape[1]))
-    return tokens.unflatten(1, (count, size))
-
-
-def _open_segments(before: WorkspaceState, blocks: AlignedBlocks, segment: int) -> _Sums:
-    """What the segments that go on had gathered; nothing for the others."""
-    inside = (blocks.first & (before.position[blocks.document] % segment > 0))[:, None]
-    return _Sums(
-        torch.where(inside, before.largest[blocks.document], _FLOOR),
-        torch.where(inside, before.mass[blocks.document], 0.0),
-        torch.where(inside[..., None], before.gathered[blocks.document], 0.0),
-    )
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    return torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
-
-
-def _segments(blocks: AlignedBlocks, documents: Tensor) -> Layout:
-    """The blocks of every document as a layout of one row; ``documents`` has one entry for each."""
-    used, index = blocks.used, torch.arange(blocks.used.shape[0], device=documents.device)
-    count = torch.zeros_like(documents).index_add(0, blocks.document, used.long())
-    first = count.cumsum(0) - count  # ascending, past documents without a token too
-    document = torch.where(used, blocks.document, -1)
-    position = torch.where(used, index - first[blocks.document], 0)
-    return Layout(first, count, document[None], position[None])

@@ -16,7 +16,6 @@ from evals.hydra.suites import suite_cells
 from evals.hydra.summary import SUITE, collect, judge
 from evals.hydra.training import generator
 from evals.results import Results, read
-from seqmodels.models import LanguageModel
 
 
 def test_values_stand_where_no_window_reaches() -> None:
@@ -70,20 +69,33 @@ def test_the_eager_transformer_is_the_fused_one() -> None:
 
 
 def test_a_blind_model_cannot_win() -> None:
-    """Without a workspace and a recurrence, the answer's logits do not depend on the value at all."""
-    from evals.hydra.memory import BLOCKS, KERNEL, VOCABULARY, WINDOW
-    from seqmodels.models import HydraConfig
-
-    config = HydraConfig(
-        vocab_size=VOCABULARY, d_model=16, num_blocks=BLOCKS, mixer="gated_conv", attention_every=2,
-        attention={"num_heads": 2, "window": WINDOW, "num_globals": 0, "block": WINDOW},
-        experts=None, workspace=None, memory=None, state_space={"kernel_size": KERNEL},
-    )  # fmt: skip
-    model = LanguageModel(config.model_config()).double()
+    """Without a workspace and a recurrence, the answer's logits do not depend on the value at all; experts are routed
+    by the chunk before, which lies inside the window's reach."""
+    model = memory.build({"mixer": "gated_conv", "workspace": False}).double()
     tokens, _ = memory.rows(generator(4), 3)
     changed = tokens.clone()
-    changed[:, : WINDOW + 1] = memory.FILLER
+    changed[:, : memory.WINDOW + 1] = memory.FILLER
     torch.testing.assert_close(model(changed).logits[:, -1], model(tokens).logits[:, -1], rtol=0, atol=1e-12)
+    seeing = memory.build({"mixer": "gated_conv", "workspace": True, "address_std": 8.0}).double()
+    assert (seeing(changed).logits[:, -1] - seeing(tokens).logits[:, -1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["gated_conv", "hydra_diag"])
+def test_arms_have_as_many_parameters(mixer: str) -> None:
+    on, off = (
+        memory.build({"mixer": mixer, "workspace": on, "address_std": 8.0}).num_parameters() for on in (True, False)
+    )
+    assert off == pytest.approx(on, rel=2e-3)
+
+
+def test_slots_that_choose_see_the_value() -> None:
+    """What the layer's first addresses are for: the value reaches the last question's read before any training."""
+    seen = {}
+    for address_std in (1.0, 8.0):
+        torch.manual_seed(0)
+        model = memory.build({"mixer": "gated_conv", "workspace": True, "address_std": address_std})
+        seen[address_std] = memory.signal(model, memory.rows(generator(5), 64)[0])
+    assert seen[8.0] > 3 * seen[1.0] > 0
 
 
 def test_rows_page_and_controls(tmp_path: Path) -> None:
@@ -112,7 +124,7 @@ def test_rows_page_and_controls(tmp_path: Path) -> None:
 def test_controls_can_fail() -> None:
     def rows(study: str, arm: str, values: dict[str, float]) -> list[dict]:
         cell = next(c for c in suite_cells("cpu") if (c.study, c.arm, c.seed) == (study, arm, 0))
-        about = {"suite": "cpu", "study": study, "arm": arm, "digest": cell.digest, "chance": 1 / 16}
+        about = {"suite": "cpu", "study": study, "arm": arm, "digest": cell.digest, "chance": 1 / 16, "facts": 100}
         stamp = {"suite": SUITE, "layer": "", "backend": "", "seed": 0, "rival": None, "machine": "", "time": "1"}
         options = {"cell": {"options": cell.options}}
         return [
@@ -120,18 +132,19 @@ def test_controls_can_fail() -> None:
             for metric, value in {**values, "run_time": 1.0}.items()
         ]
 
-    def verdicts(blind: float, ablated: float) -> list[bool]:
-        found = rows("memory", "gated_conv/workspace off", {"accuracy": blind})
+    def verdicts(sees: float, blind: float, ablated: float) -> list[bool]:
+        found = rows("memory", "gated_conv/workspace on", {"accuracy": sees})
+        found += rows("memory", "gated_conv/workspace off", {"accuracy": blind})
         found += rows("facts", "memory on", {"accuracy": 0.9, "accuracy_ablated": ablated})
         return [holds for _, holds in judge(list(collect(found).values()))]
 
-    assert verdicts(0.07, 0.1) == [True, True]
-    assert verdicts(0.5, 0.9) == [False, False]
+    assert verdicts(0.9, 0.07, 0.1) == [True, True, True]
+    assert verdicts(0.89, 0.5, 0.9) == [False, False, False]
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--suite", "cpu", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(suite_cells("cpu")) == 29
+    assert len(capsys.readouterr().out.splitlines()) == len(suite_cells("cpu")) == 44
     assert main(["--suite", "gpu", "--out", str(tmp_path)]) == 2
     assert "unknown suite 'gpu'" in capsys.readouterr().err
     assert main(["--report", str(tmp_path)]) == 2
