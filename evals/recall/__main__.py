@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     parser.add_argument("--models", nargs="+", default=[], metavar="RUN", help=f"of {REAL_TEXT}: runs, or hf:NAME")
     parser.add_argument("--data", metavar="FOLDER", help=f"of {REAL_TEXT}: TASK.jsonl files; the hub if absent")
+    parser.add_argument(
+        "--limits", nargs="+", type=int, default=[2048], metavar="TOKENS",
+        help=f"of {REAL_TEXT}: tokens that documents are cut to; 2048 if absent, JRT has 512, 1024 and 2048",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, help="cells at a time, a thread each: the cores or GPUs given when absent")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results.jsonl; finished cells in it are kept")
     parser.add_argument(
@@ -73,7 +77,9 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.suite == REAL_TEXT:
         from evals.recall import real_text
 
-        return real_text.measure(Results(options.out, SUITE), options.models, data=options.data, tasks=options.tasks)
+        return real_text.measure(
+            Results(options.out, SUITE), options.models, data=options.data, tasks=options.tasks, limits=options.limits
+        )
     if options.suite == SPEED:
         from evals.recall.speed import measure
 

@@ -13,12 +13,11 @@ from typing import Any
 from evals.results import Results, latest, markdown_table
 from seqmodels.evaluation.real_text import RecallScore, evaluate_recall
 from seqmodels.evaluation.run_model import RunTextModel
-from seqmodels.evaluation.text_model import TextModel, open_text_model
+from seqmodels.evaluation.text_model import TextModel, check_model_name, open_text_model
 from seqmodels.models.loading import ModelFolderError
-from seqmodels.tasks.real_text import LAYOUTS, TASKS, WINDOW, load_examples, task_named
+from seqmodels.tasks.real_text import LAYOUTS, NQ_SIZES, TASKS, WINDOW, check_limit, load_examples, task_named
 
 NAME = "real_text"
-LIMIT = 2048
 ORDER = ("swde", "squad", "fda", "triviaqa", "nq", "drop")
 # %, in ORDER. Default / read twice where a source has both.
 PUBLISHED = {
@@ -42,14 +41,21 @@ PUBLISHED = {
 
 
 def measure(
-    results: Results, models: Sequence[str], *, data: str | None, tasks: Sequence[str] = (), limit: int = LIMIT
+    results: Results,
+    models: Sequence[str],
+    *,
+    data: str | None,
+    tasks: Sequence[str] = (),
+    limits: Sequence[int] = (2048,),
 ) -> int:
-    """Scores every model on every task in both layouts; 0, the exit status.
+    """Scores every model on every task in both layouts at every limit; 0, the exit status.
 
     Args:
         models: run folders, saved models, or ``hf:NAME``.
         data: of :func:`seqmodels.tasks.real_text.load_examples`; None reads the hub.
         tasks: all six when empty.
+        limits: tokens that documents are cut to. The hub has NQ in the sizes 512, 1024 and 2048: a limit takes its own
+            or the next larger one.
 
     Raises:
         ValueError: no model, an unknown task, a data set that is missing.
@@ -58,19 +64,29 @@ def measure(
         raise ValueError(f"--suite {NAME} needs --models RUN ...: it tests trained models and trains none")
     for task in tasks:
         task_named(task)
+    for limit in limits:
+        check_limit(limit)
+    for name in models:  # before a hub that may be slow
+        check_model_name(name)
     names = tasks or list(TASKS)
-    found = {task: load_examples(task, data) for task in names}
+    found = {
+        (task, limit): load_examples(
+            task, data, nq_size=next((size for size in NQ_SIZES if size >= limit), NQ_SIZES[-1])
+        )
+        for task in names
+        for limit in limits
+    }
     for name in models:
         try:
             model = open_text_model(name)
         except ModelFolderError as error:
             raise ValueError(str(error)) from error
         answers = results.path.parent / "answers" / model.identity
-        for task in names:
+        for (task, limit), examples in found.items():
             for layout in LAYOUTS:
-                score = evaluate_recall(model, task, found[task], answers, layout=layout, limit=limit)
+                score = evaluate_recall(model, task, examples, answers, layout=layout, limit=limit)
                 _write(results, model, score)
-                print(f"{name} {task} {layout}: {score.correct} of {score.total}")
+                print(f"{name} {task} {layout}, cut to {limit}: {score.correct} of {score.total}")
     return 0
 
 

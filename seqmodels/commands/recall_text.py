@@ -38,7 +38,7 @@ def command(
 
     from seqmodels.evaluation.real_text import evaluate_recall
     from seqmodels.evaluation.text_model import check_model_name, open_text_model
-    from seqmodels.tasks.real_text import LAYOUTS, TASKS, load_examples, task_named
+    from seqmodels.tasks.real_text import LAYOUTS, TASKS, check_limit, load_examples, task_named
 
     if layout not in (*LAYOUTS, "both"):
         raise ValueError(f"--layout is {layout!r}; expected default, twice or both")
@@ -48,6 +48,8 @@ def command(
     for name in names:
         task_named(name)
     bound = None if limit == UNCUT else int(limit)
+    if bound is not None:
+        check_limit(bound)
     check_model_name(model)  # before a hub that may be slow, and data before weights, which may be large
     found = {name: load_examples(name, data, nq_size=nq_size)[:examples] for name in names}
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)

@@ -114,7 +114,8 @@ class BigramCounter:
         for name, value in expected.items():
             if self.origin.get(name) != value:
                 raise ValueError(
-                    f"the counts are of another {name}: {self.origin.get(name)!r}, not {value!r}; count again, into another table"
+                    f"the counts are of another {name}: {self.origin.get(name)!r}, not {value!r}; count again, into "
+                    "another table"
                 )
 
     def _merge(self) -> None:

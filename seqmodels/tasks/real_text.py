@@ -161,11 +161,16 @@ def questions(
     return found
 
 
+def check_limit(limit: int) -> None:
+    """ValueError for a limit that leaves a document no token."""
+    if limit <= ANSWER_ROOM:
+        raise ValueError(f"limit is {limit}; expected more than the {ANSWER_ROOM} tokens that an answer is left")
+
+
 def truncated(task: str, example: Mapping[str, Any], codec: Codec, limit: int) -> Mapping[str, Any] | None:
     """The example with its document cut as the module says; None for one that is dropped."""
     wanted = task_named(task)
-    if limit <= ANSWER_ROOM:
-        raise ValueError(f"limit is {limit}; expected more than the {ANSWER_ROOM} tokens that an answer is left")
+    check_limit(limit)
     if wanted.document is None:
         return example
     want = limit - ANSWER_ROOM
