@@ -19,6 +19,7 @@ from seqmodels.training.config import TrainConfig, convert_train_config, load_tr
 from seqmodels.training.curriculum import Curriculum
 from seqmodels.training.data import load_text
 from seqmodels.training.loop import train
+from seqmodels.training.reading import reading_plan
 from seqmodels.training.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train"
@@ -300,6 +301,11 @@ def test_shipped_curricula(path: Path) -> None:
     assert {word for stage in loaded.curriculum.stages for word in stage.activates} == {
         "sparse_attention", "experts", "workspace", "memory",
     }  # fmt: skip
+    spans = reading_plan(loaded)
+    assert len({span.rows * span.row_length for span in spans}) == 1
+    assert [span.carry for span in spans] == [False] * 3 + [True] * 2
+    assert [span.windows > 1 for span in spans] == [False] * 3 + [True] * 2
+    assert spans[1].sequence_length == 2 * spans[0].sequence_length
 
 
 def _plain_blocks(model: LanguageModel) -> list[tuple[int, Any]]:
