@@ -52,7 +52,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "routing": {"steps": 250, "batch_size": 8, "learning_rate": 3e-3},
         "memory": {
-            "steps": 300,
+            "steps": 200,
             "batch_size": 32,
             "learning_rate": 1e-3,
             "rows": 512,

@@ -66,7 +66,10 @@ class Workspace(Mixer):
         ValueError: sizes below 1, or more active slots than there are.
     """
 
-    parameter_hints: ClassVar[dict[str, ParameterHint]] = {"initial_slots": ParameterHint(weight_decay=0.0)}
+    parameter_hints: ClassVar[dict[str, ParameterHint]] = {
+        "initial_slots": ParameterHint(weight_decay=0.0),
+        "addresses": ParameterHint(weight_decay=0.0),  # their size is how sharply slots choose
+    }
     residual_outputs: ClassVar[tuple[str, ...]] = ("read_out.weight",)
 
     def __init__(
