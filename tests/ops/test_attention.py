@@ -98,7 +98,7 @@ def test_grouped_heads_and_scale(heads: int, groups: int) -> None:
         torch.testing.assert_close(gradients(y, leaves), gradients(expected, leaves), rtol=1e-11, atol=1e-11)
 
 
-def caches_of(k: Tensor, v: Tensor, seen: list[int], capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def caches_of(k: Tensor, v: Tensor, seen: list[int], capacity: int, pinned: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Ring caches after the first ``seen[row]`` tokens of each row, written one token at a time."""
     caches = []
     for tokens in (k, v):
@@ -106,7 +106,8 @@ def caches_of(k: Tensor, v: Tensor, seen: list[int], capacity: int) -> tuple[Ten
         for row, count in enumerate(seen):
             slots = [torch.zeros_like(tokens[row, 0]) for _ in range(capacity)]
             for position in range(count):
-                slots[position % capacity] = tokens[row, position]
+                ring = pinned + (position - pinned) % (capacity - pinned)
+                slots[position if position < pinned else ring] = tokens[row, position]
             rows.append(torch.stack(slots, dim=1))
         caches.append(torch.stack(rows))
     return caches[0], caches[1], torch.tensor(seen)
@@ -518,17 +519,19 @@ def test_gpu_matches_the_definition(bidirectional: bool, window: int | None, lay
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("window", "capacity"), [(None, 120), (8, 8)])
-def test_gpu_cache_and_step(window: int | None, capacity: int) -> None:
+@pytest.mark.parametrize(("window", "capacity", "pinned"), [(None, 120, 0), (8, 8, 0), (8, 11, 3)])
+def test_gpu_cache_and_step(window: int | None, capacity: int, pinned: int) -> None:
     new, seen = 20, [0, 5, 40]
     history = [tensor.detach().float() for tensor in inputs(head_dim=32, length=61)]
-    expected = dense(*(tensor.double() for tensor in history), visible_pairs(None, 3, 61, window))
-    cache = [tensor.cuda() for tensor in caches_of(history[1], history[2], seen, capacity)]
+    mask = pinned_pairs(pinned, 61, window or 61).expand(3, -1, -1)
+    expected = dense(*(tensor.double() for tensor in history), mask)
+    cache = [tensor.cuda() for tensor in caches_of(history[1], history[2], seen, capacity, pinned)]
     chunk = [torch.stack([t[row, count : count + new] for row, count in enumerate(seen)]).cuda() for t in history]
-    y = attention(*chunk, window=window, key_cache=cache[0], value_cache=cache[1], position=cache[2])
-    caches = append_to_cache(*cache, chunk[1], chunk[2])
+    options = {"window": window, "pinned": pinned}
+    y = attention(*chunk, **options, key_cache=cache[0], value_cache=cache[1], position=cache[2])
+    caches = append_to_cache(*cache, chunk[1], chunk[2], pinned=pinned, wraps=window is not None)
     token = [torch.stack([t[row, count + new] for row, count in enumerate(seen)]).cuda() for t in history]
-    y_t = attention_step(*token, *(cache.contiguous() for cache in caches[:2]), caches[2], window=window)
+    y_t = attention_step(*token, *(cache.contiguous() for cache in caches[:2]), caches[2], **options)
     for row, count in enumerate(seen):
         wanted = expected[row, count : count + new + 1]
         torch.testing.assert_close(y[row].cpu().double(), wanted[:-1], rtol=1e-4, atol=1e-4)
