@@ -10,7 +10,10 @@ import typer
 
 def command(
     model: Annotated[str, typer.Argument(help="a run folder, a saved model, or hf:NAME")],
-    out: Annotated[Path, typer.Option(help="folder of answers, needle.json and needle.png; finished answers are kept")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of answers, needle.json and needle.png, finished ones kept; RUN/VARIANT if absent"),
+    ] = None,
     variant: Annotated[
         str,
         typer.Option(help="niah_single_1 (noise, a number), _2 (essay, a number) or _3 (essay, a UUID)"),
@@ -43,9 +46,11 @@ def command(
     from rich.progress import Progress
 
     from seqmodels.evaluation.needle import FIGURE, SUMMARY, NeedlePlan, check_variant, default_lengths, evaluate_needle
-    from seqmodels.evaluation.text_model import open_text_model
+    from seqmodels.evaluation.text_model import check_model_name, open_text_model, results_folder
 
     check_variant(variant)
+    check_model_name(model)
+    folder = results_folder(model, out, variant)
     try:
         haystack = None if text is None else text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -62,9 +67,9 @@ def command(
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         bar = progress.add_task("prompts", total=None)
         found = evaluate_needle(
-            opened, out, plan, text=haystack,
+            opened, folder, plan, text=haystack,
             progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )  # fmt: skip
     for size, column in zip(plan.lengths, zip(*found.accuracy, strict=True), strict=True):
         print(f"{size:>7} tokens: {100 * sum(column) / len(column):5.1f} % found")
-    print(f"wrote {out / FIGURE} and {out / SUMMARY}")
+    print(f"wrote {folder / FIGURE} and {folder / SUMMARY}")

@@ -12,7 +12,9 @@ UNCUT = "none"
 
 def command(
     model: Annotated[str, typer.Argument(help="a run folder, a saved model, or hf:NAME")],
-    out: Annotated[Path, typer.Option(help="folder of the answers; finished ones in it are kept")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the answers, finished ones kept; RUN/recall_text if absent")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="fda, swde, squad, nq, triviaqa, drop; all if absent")] = None,
     data: Annotated[
         str | None,
@@ -37,7 +39,7 @@ def command(
     from rich.table import Table
 
     from seqmodels.evaluation.real_text import evaluate_recall
-    from seqmodels.evaluation.text_model import check_model_name, open_text_model
+    from seqmodels.evaluation.text_model import check_model_name, open_text_model, results_folder
     from seqmodels.tasks.real_text import LAYOUTS, TASKS, check_limit, load_examples, task_named
 
     if layout not in (*LAYOUTS, "both"):
@@ -50,6 +52,7 @@ def command(
     bound = None if limit == UNCUT else int(limit)
     if bound is not None:
         check_limit(bound)
+    folder = results_folder(model, out, "recall_text")
     check_model_name(model)  # before a hub that may be slow, and data before weights, which may be large
     found = {name: load_examples(name, data, nq_size=nq_size)[:examples] for name in names}
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
@@ -63,7 +66,7 @@ def command(
                     progress.update(bar, completed=done, total=total)
 
                 score = evaluate_recall(
-                    opened, name, found[name], out, layout=kind, limit=bound, window=window, progress=show
+                    opened, name, found[name], folder, layout=kind, limit=bound, window=window, progress=show
                 )
                 table.add_row(
                     name, kind, str(score.correct), str(score.total),

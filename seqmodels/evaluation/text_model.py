@@ -110,6 +110,15 @@ def check_model_name(name: str) -> None:
     )
 
 
+def results_folder(name: str, out: Path | None, kind: str) -> Path:
+    """``out``, or the folder ``kind`` in a model's own; ValueError for a Hugging Face model, which has none."""
+    if out is not None:
+        return out
+    if name.startswith("hf:"):
+        raise ValueError(f"give --out FOLDER: {name} has no run folder of ours to write into")
+    return Path(name) / kind
+
+
 def fingerprint(*parts: str | Path) -> str:
     """Digest of texts and of files' contents (names left out: a copied folder is the same model)."""
     hasher = hashlib.blake2b(digest_size=8)

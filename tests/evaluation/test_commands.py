@@ -42,6 +42,8 @@ def test_recall_text(model, tmp_path):
     assert len(answers) == 1  # the answer of one character is left out
     run(*command, "--limit", "none")
     assert len((tmp_path / "out" / "fda-default-uncut.answers").read_text().splitlines()) == 3
+    run(*[part for part in command if part not in ("--out", tmp_path / "out")])
+    assert (model / "recall_text" / "fda-default-2048.answers").exists()  # beside the model
     for wrong, message in (
         (["--layout", "thrice"], "--layout is 'thrice'"),
         (["--limit", "many"], "--limit is 'many'"),
@@ -55,6 +57,9 @@ def test_needle(model, tmp_path):
     pytest.importorskip("matplotlib", reason="the heat map needs matplotlib")
     command = ["needle", model, "--out", tmp_path / "out", "--depths", 2, "--count", 1, "--max-new-tokens", 4]
     assert "256 tokens are too few" in str(run(*command, "--length", 256, status=1).exception)
+    small = ["--depths", 2, "--count", 1, "--max-new-tokens", 4, "--length", 480]
+    assert f"wrote {model / 'niah_single_1' / 'needle.png'}" in run("needle", model, *small).output
+    assert "give --out FOLDER: hf:gpt2 has no run folder" in str(run("needle", "hf:gpt2", status=1).exception)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     binary = run(*command, "--variant", "niah_single_2", "--text", tmp_path / "binary", status=1)
     assert "binary is no UTF-8 text" in str(binary.exception)
