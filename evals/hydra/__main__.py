@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+STUDIES = ("throughput", "routing", "memory", "facts")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -15,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="exit status: 0, 1 when a control fails or a cell could not be run, 2 for wrong arguments",
     )
     parser.add_argument("--suite", metavar="NAME", help="cpu, or smoke (a few steps of each cell)")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=STUDIES, help="only these (all)")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, a thread each")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of results.jsonl; finished cells in it are kept")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
@@ -46,7 +49,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from evals.hydra.summary import SUITE, judge
     from evals.results import Results
 
-    cells = suite_cells(options.suite)
+    cells = [cell for cell in suite_cells(options.suite) if cell.study in options.study]
     if options.list:
         print("\n".join(f"{cell.name} seed {cell.seed}" for cell in cells))
         return 0
@@ -56,7 +59,7 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends: as if Ctrl-C were pressed
     try:
         with LiveTable(Console()) as display:
-            runs, complete = runner.run(options.suite, results, options.jobs, display)
+            runs, complete = runner.run(cells, results, options.jobs, display)
     except KeyboardInterrupt:
         print(f"interrupted; finished cells are in {results.path}, the same command goes on from there")
         return 130

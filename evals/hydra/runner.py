@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from evals.hydra.suites import Cell, suite_cells
+from evals.hydra.suites import Cell
 from evals.hydra.summary import Run, collect
 from evals.results import Results
 from evals.sweep import Display, Sweep
@@ -15,8 +16,8 @@ from evals.sweep import Display, Sweep
 COMMAND = (sys.executable, "-m", "evals.hydra.cell")
 
 
-def run(suite: str, results: Results, jobs: int, display: Display[Cell, Run]) -> tuple[list[Run], bool]:
-    """The finished runs of ``suite``, and whether all finished.
+def run(cells: Sequence[Cell], results: Results, jobs: int, display: Display[Cell, Run]) -> tuple[list[Run], bool]:
+    """The finished runs of ``cells``, and whether all finished.
 
     Throughput goes last and alone: cells beside it would share its caches and memory.
     """
@@ -24,7 +25,6 @@ def run(suite: str, results: Results, jobs: int, display: Display[Cell, Run]) ->
         COMMAND, results, jobs, display, write=write_rows, collect=collect, about=lambda cell: {"arm": cell.arm}
     )
     alone = Sweep(COMMAND, results, 1, display, write=write_rows, collect=collect, about=lambda cell: {"arm": cell.arm})
-    cells = suite_cells(suite)
     display.plan(cells)
     found = pool.run([cell for cell in cells if cell.study != "throughput"])
     found |= alone.run([cell for cell in cells if cell.study == "throughput"])

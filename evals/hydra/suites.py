@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "lengths": [512, 1024, 2048, 4096, 8192],
             "d_model": 128,
             "blocks": 6,
-            "rounds": 3,
+            "rounds": 2,
             "tokens": 16,
         },
         "routing": {"steps": 250, "batch_size": 8, "learning_rate": 3e-3},

@@ -145,6 +145,9 @@ def test_controls_can_fail() -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--suite", "cpu", "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(suite_cells("cpu")) == 44
+    assert main(["--suite", "cpu", "--list", "--study", "facts", "throughput"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert {line.split("/")[0] for line in listed} == {"facts", "throughput"}
     assert main(["--suite", "gpu", "--out", str(tmp_path)]) == 2
     assert "unknown suite 'gpu'" in capsys.readouterr().err
     assert main(["--report", str(tmp_path)]) == 2
