@@ -17,6 +17,7 @@ from typing import Any
 
 from evals.conversion import summary as conversion
 from evals.feature_maps import controls as feature_maps
+from evals.hydra import summary as hydra
 from evals.lra import rows as lra
 from evals.recall import summary as recall
 from evals.results import FILE, latest, markdown_table, read
@@ -33,6 +34,7 @@ ABOUT = {
     "throughput": "time, memory and state bytes of ops, layers and models, beside other libraries",
     "state_tracking": "parity and modular arithmetic beyond the trained length",
     "set_disjointness": "the order that facts and questions come in, causal against read twice",
+    "hydra": "what Hydra's parts do: throughput, routing, memory beyond the window, facts by heart",
     "lra": "classification of long sequences (Long Range Arena)",
     "conversion": "softmax attention of a trained model turned into linear attention",
     "feature_maps": "how spiky and how monotone the weights of feature maps are",
@@ -293,6 +295,7 @@ CONTROLS: dict[str, Callable[[Rows], Verdicts]] = {
         set_disjointness.points(set_disjointness.collect(rows).values())
     ),
     "feature_maps": feature_maps.judge,
+    "hydra": lambda rows: hydra.judge(hydra.collect(rows).values()),
     "conversion": lambda rows: conversion.judge(conversion.collect(rows).values()),
 }
 
