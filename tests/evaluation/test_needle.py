@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -12,6 +13,15 @@ from seqmodels.evaluation.needle import NeedlePlan, default_lengths, evaluate_ne
 from seqmodels.tasks.recall.needle import VARIANTS, needle
 
 PLAN = NeedlePlan(lengths=(120, 240), depths=(0.0, 0.5, 1.0), count=2, generated=4, seed=1)
+
+
+DRAW = needle_module.draw
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Pictures take most of the time of a small map."""
+    monkeypatch.setattr(needle_module, "draw", lambda found, path: path.write_bytes(b"picture"))
 
 
 class Reader:
@@ -43,8 +53,9 @@ def test_the_map_shows_how_far_a_model_reaches(tmp_path):
     assert summary["lengths"] == [120, 240]
 
 
-def test_a_picture_is_drawn(tmp_path):
+def test_a_picture_is_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(needle_module, "draw", DRAW)
     evaluate_needle(Reader(75), tmp_path, PLAN)
     from matplotlib.image import imread
 
@@ -55,6 +66,14 @@ def test_a_picture_is_drawn(tmp_path):
     colours = {tuple((colour[:3] * 255).round().astype(int)) for colour in picture.reshape(-1, picture.shape[2])[::7]}
     assert (253, 231, 37) in colours
     assert (68, 1, 84) in colours
+
+
+def test_a_missing_package_is_found_before_the_answers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    model = Reader(75)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'seqmodels\[train\]'"):
+        evaluate_needle(model, tmp_path, PLAN)
+    assert model.prompts == []
 
 
 def test_a_killed_map_goes_on_and_keeps_its_answers(tmp_path):
