@@ -19,6 +19,11 @@ import torch
 # each compiled graph as JSON, which triples the time to compile.
 logging.getLogger("torch.__trace").propagate = True
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 

@@ -296,6 +296,43 @@ def _diagonal_ssm(draw: Draw) -> list[Arguments]:
     return found
 
 
+def _sparse_attention(draw: Draw) -> list[Arguments]:
+    """Grouped heads and odd widths, documents, the window alone, a state in front."""
+    from seqmodels.ops.sparse_attention import advance, empty
+    from seqmodels.ops.sparse_attention.selection import block_tables
+    from seqmodels.ops.sparse_attention.state import all_scores, universe
+
+    found: list[Arguments] = []
+    for heads, groups, width, window, num_globals, block, packed, past in (
+        (4, 2, 64, 48, 21, 32, False, 0), (6, 2, 40, 16, 5, 16, True, 0), (1, 1, 128, 33, 0, 17, False, 0),
+        (4, 1, 32, 40, 12, 24, False, 69),
+    ):  # fmt: skip
+        rows, cache = (draw.batch, draw.length), None
+        k, v = (draw.normal(*rows, groups, width) for _ in range(2))
+        scores = draw.wide(*rows)
+        if past:
+            before = (draw.batch, past)
+            old_k, old_v = (draw.normal(*before, groups, width) for _ in range(2))
+            start = empty(
+                draw.batch, groups, width, window=window, num_globals=num_globals, block=block, device=draw.device,
+                dtype=draw.dtype,
+            )  # fmt: skip
+            cache = advance(start, old_k, old_v, draw.wide(*before))
+        documents = draw.documents() if packed else (None, None)
+        found.append(
+            (
+                draw.normal(*rows, heads, width),
+                universe(k, *((None, None) if cache is None else (cache.key, cache.global_key))),
+                universe(v, *((None, None) if cache is None else (cache.value, cache.global_value))),
+                F.logsigmoid(all_scores(scores, cache)),
+                *block_tables(scores, *documents, cache, window, num_globals, block)[:5],
+                window,
+                width**-0.5,
+            )
+        )
+    return found
+
+
 def _vandermonde(draw: Draw) -> list[Arguments]:
     sizes = ((2, 3, 20), (1, 2, 64))
     return [
@@ -319,6 +356,7 @@ EXAMPLES: dict[str, Callable[[Draw], list[Arguments]]] = {
     "linear_recurrence": _linear_recurrence,
     "short_conv": _short_conv,
     "short_conv_step": _short_conv_step,
+    "sparse_attention": _sparse_attention,
     "mamba3": _mamba3,
     "mamba3_step": _mamba3_step,
     "vandermonde": _vandermonde,

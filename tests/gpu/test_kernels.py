@@ -33,8 +33,9 @@ LENGTHS = [1, 17, 64, 131]
 # Operands that an op's kernels round to the inputs' dtype on the longest way from an input to a gradient, which the
 # definition and the plain form keep in float32. Linear attention: past values, state, scores, weighted values, and
 # the gradient over the divisor. Mamba-3: those, and q, k, v, y. Feature attention: weights, u, phi, scores, states and
-# du, and two operands of a relu's or softmax's argument near its bend.
-ROUNDINGS = {"linear_attention": 5, "mamba3": 9, "feature_attention": 16, "feature_state": 16}
+# du, and two operands of a relu's or softmax's argument near its bend. Sparse attention: probabilities, their gradient,
+# and y in the product with its gradient.
+ROUNDINGS = {"linear_attention": 5, "mamba3": 9, "feature_attention": 16, "feature_state": 16, "sparse_attention": 3}
 
 
 @pytest.fixture(autouse=True)

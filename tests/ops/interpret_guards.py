@@ -11,14 +11,15 @@ import seqmodels.ops.linear_attention
 import seqmodels.ops.linear_recurrence
 import seqmodels.ops.mamba3
 import seqmodels.ops.short_conv
+import seqmodels.ops.sparse_attention
 import seqmodels.ops.vandermonde  # noqa: F401  (registers the ops)
 from seqmodels.ops import canary
 from seqmodels.ops.examples import EXAMPLES, Draw
 from seqmodels.ops.registration import OPERATORS
 from seqmodels.testing.guarded import run_guarded
 
-# Two packed problems of the ops whose interpretation takes minutes; the check on a GPU runs all of them.
-FEW = dict.fromkeys(("feature_attention", "feature_state"), (2, 5))
+# Two problems of the ops whose interpretation takes minutes; the check on a GPU runs all of them.
+FEW = {**dict.fromkeys(("feature_attention", "feature_state"), (2, 5)), "sparse_attention": (1, 3)}
 NAMES = [name for name in sorted(EXAMPLES) if "triton" in OPERATORS[name].modules]
 
 

@@ -94,5 +94,5 @@ _operator = Operator(
     "Tensor? global_position, int window, int num_globals, int block",
     outputs=7,
     fake=_fake,
-    modules={name: f"{_PACKAGE}.tables" for name in ("reference", "torch", "cpu")},  # integer tables: one way
+    modules={name: f"{_PACKAGE}.tables" for name in ("reference", "torch", "cpu", "triton")},  # integers: one way
 )
