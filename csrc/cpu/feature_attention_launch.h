@@ -67,6 +67,7 @@ struct FeatureTensors {
     s.map_width = query_weight_.has_value() ? query_weight_->size(2) : s.depth;
     STD_TORCH_CHECK((key_weight_.has_value() ? key_weight_->size(2) : s.depth) == s.map_width,
                     "q and k are mapped to different widths");
+    STD_TORCH_CHECK(s.map_width >= 1, "a map to a width of at least 1");
     STD_TORCH_CHECK(s.ranks == 1, "feature maps take one rank");
     STD_TORCH_CHECK(!s.scaled() || (normalize && !log_decay.has_value()),
                     "hedgehog_exp has the normaliser and no decay");

@@ -108,7 +108,8 @@ struct Tensors {
     STD_TORCH_CHECK(shape.query_groups > 0 && shape.heads % shape.query_groups == 0 && shape.key_groups > 0 &&
                         shape.heads % shape.key_groups == 0 && k.size(4) == shape.key_dim,
                     "groups must divide heads, and q and k must have one width");
-    STD_TORCH_CHECK(shape.ranks <= kChunkRows, "at most ", kChunkRows, " ranks");
+    STD_TORCH_CHECK(shape.heads >= 1 && shape.key_dim >= 1 && shape.value_dim >= 1, "heads and widths of at least 1");
+    STD_TORCH_CHECK(shape.ranks >= 1 && shape.ranks <= kChunkRows, "1 to ", kChunkRows, " ranks");
     shape.chunk_tokens = kChunkRows / shape.ranks;
     // The most heads up to kHeadBlock that split evenly.
     shape.head_block = kHeadBlock;

@@ -25,6 +25,7 @@ inline Mamba3Weights checked_weights(const Mamba3Shape& s, const Tensor& b_weigh
                                      const std::optional<Tensor>& mimo_o, const std::optional<Tensor>& norm_weight) {
   STD_TORCH_CHECK(s.groups > 0 && s.heads > 0 && s.heads % s.groups == 0, s.groups, " groups do not divide ", s.heads, " heads");
   STD_TORCH_CHECK(s.ranks >= 1 && s.ranks <= kMostRanks, s.ranks, " ranks; expected 1 to ", kMostRanks);
+  STD_TORCH_CHECK(s.d_state >= 1 && s.head_dim >= 1, "d_state is ", s.d_state, ", head_dim ", s.head_dim, "; expected 1 and more");
   STD_TORCH_CHECK(s.angles <= s.d_state / 2, s.angles, " angles do not fit d_state ", s.d_state);
   STD_TORCH_CHECK(mimo_x.has_value() == mimo_z.has_value() && mimo_x.has_value() == mimo_o.has_value() &&
                       (mimo_x.has_value() || s.ranks == 1),

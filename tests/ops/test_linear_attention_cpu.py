@@ -155,3 +155,13 @@ def test_the_bound_catches_a_wrong_weight():
     inputs[4][0, 5, 1] *= 1 + 1e-3
     found = run_on(inputs, case, "cpu", torch.float32)
     assert error(found["y"], truth["y"]) > 2 * error(chunked["y"], truth["y"]) + 2.0**-23
+
+
+@pytest.mark.skipif(extension.missing_cpu() is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("shape", [(1, 3, 0, 2, 4), (1, 3, 1, 2, 0), (1, 3, 1, 0, 4)])
+def test_empty_axes_are_refused_below_the_public_function_too(shape):
+    """Sizes are divided by: an axis of 0 ended the process."""
+    extension.load()
+    q = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=r"ranks|at least 1|groups"):
+        torch.ops.seqmodels_cpu.linear_attention(q, q, q, None, None, None, None, None, None, False, 0.0)
