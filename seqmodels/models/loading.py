@@ -44,7 +44,7 @@ class LoadedModel(NamedTuple):
 def load_model(
     path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """The model in a folder.
+    """The model in a folder. Parts that its training had not switched on yet stay off, with a warning that says which.
 
     Args:
         path: a folder of :func:`save_model`, a run folder, or a checkpoint folder.

@@ -143,17 +143,20 @@ def state_template(model: LanguageModel) -> ModelState:
         ConfigError: a layer without a state, or one that refuses it.
     """
     was_training = model.training
+    asked = "carry_state and backpropagation_windows need layers that go on from a state"
+    for spec, layer, site in model.backbone.named_layers():
+        try:
+            layer.init_state(1, max_length=1, device="meta")
+        except NotImplementedError as error:
+            raise ConfigError(f"{asked}; block {site} ({spec.name}) has no init_state") from error
     try:
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.embedding.weight.device)
             template = model.init_state(1, max_length=1)
             model.eval().encode(token, template, return_state=True)
             return template
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(
-            "carry_state and backpropagation_windows need layers that go on from a state: "
-            f"{str(error) or type(error).__name__}"
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{asked}: {error}") from error
     finally:
         model.train(was_training)
 

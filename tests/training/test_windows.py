@@ -15,6 +15,8 @@ from training_cases import tiny_config
 
 from seqmodels.channel import ChunkMoE
 from seqmodels.configuration import ConfigError, convert
+from seqmodels.mixers import Workspace
+from seqmodels.mixers.base import Mixer
 from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.tasks.text import TextBatch
 from seqmodels.training.config import TrainConfig
@@ -68,7 +70,7 @@ def gradients(model: LanguageModel, output: ObjectiveOutput) -> dict[str, Tensor
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("count", [3, 8])
 def test_windows_with_gradient_are_the_long_row(count: int) -> None:
     model, batch = make(), rows()
     objective = Objective(model, 24)
@@ -85,7 +87,7 @@ def test_windows_with_gradient_are_the_long_row(count: int) -> None:
         )
 
 
-@pytest.mark.parametrize("size", [3, 8, 12])
+@pytest.mark.parametrize("size", [3, 12])
 def test_carried_and_detached_windows_have_the_losses_of_the_long_row(size: int) -> None:
     model, batch = make(), rows()
     objective = Objective(model, 24)
@@ -174,7 +176,7 @@ def last(run: Path, name: str, step: int = 12) -> dict[str, Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("stopped", [4, 6, 10])
+@pytest.mark.parametrize("stopped", [6, 10])
 def test_going_on_with_carried_states_is_bit_exact(tmp_path: Path, stopped: int, whole_run: Path) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -265,3 +267,9 @@ def test_a_layer_that_refuses_a_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"need layers that go on from a state: ChunkMoE.*paper_mean"):
         train(config(tmp_path, model=model), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_layer_without_a_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workspace, "init_state", Mixer.init_state)
+    with pytest.raises(ConfigError, match=r"block \d+ \(workspace\) has no init_state"):
+        train(config(tmp_path), tmp_path / "run")
