@@ -14,6 +14,7 @@ import seqmodels.ops.linear_attention
 import seqmodels.ops.linear_recurrence
 import seqmodels.ops.mamba3
 import seqmodels.ops.short_conv
+import seqmodels.ops.sparse_attention
 import seqmodels.ops.vandermonde  # noqa: F401  (registers the ops)
 from seqmodels import backends
 from seqmodels.ops import canary
