@@ -38,6 +38,7 @@ ABOUT = {
     "lra": "classification of long sequences (Long Range Arena)",
     "conversion": "softmax attention of a trained model turned into linear attention",
     "feature_maps": "how spiky and how monotone the weights of feature maps are",
+    "sparse_table": "training steps of a product-key memory with sparse gradients against dense ones",
     "long_range_theory": "frequencies, conditioning and transfer functions of S4D and S4-PTD against known values",
 }
 NEAR = 0.02  # accuracies closer than this count as equal where the faster layer is chosen
