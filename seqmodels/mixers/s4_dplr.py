@@ -108,24 +108,33 @@ class S4DPLR(S4D):
     def recurrence(self) -> DenseRecurrence:  # type: ignore[override]
         """The discrete system from the parameters, differentiable.
 
-        P P^* x, with x and its conjugate both present, is P 2 Re(P^* x): real-linear in (Re x, Im x).
+        P P^* x, with x and its conjugate both present, is P 2 Re(P^* x): real-linear in (Re x, Im x). So with h
+        half a step and p = (Re P, Im P)
+
+            M = I - h A = D + 2 h p p^T,  D = 1 - h Lambda,   M^-1 = D^-1 - 2 h D^-1 p p^T D^-1 / (1 + 2 h p^T D^-1 p)
+
+        and the bilinear map is M^-1 (I + h A) = 2 M^-1 - I. Sherman and Morrison's form needs no factorisation,
+        which a CUDA graph could not hold; D^-1 has a positive real part, so that the divisor is at least 1.
         """
         copies = self.d_model // self.n_ssm
-        real, imaginary = eigenvalues_of(self.A_real, self.A_imag, self.real_part).unbind(-1)
-        rotation = torch.stack((real, -imaginary, imaginary, real), -1).unflatten(-1, (2, 2))
-        modes = real.shape[-1]
-        eye = torch.eye(modes, dtype=real.dtype, device=real.device)
-        diagonal = (eye[:, None, :, None] * rotation[:, :, :, None]).flatten(3).flatten(1, 2)
-        p = self.P.double().flatten(-2)
-        a = (diagonal - 2 * p[:, :, None] * p[:, None]).repeat(copies, 1, 1)
         dt = STEPS[self.dt_activation][0](self.log_dt.double()) * self.rate
-        half = a * (dt / 2)[:, None, None]
-        identity = torch.eye(2 * modes, dtype=a.dtype, device=a.device)
+        half = dt[:, None] / 2
+        eigenvalues = eigenvalues_of(self.A_real, self.A_imag, self.real_part).repeat(copies, 1, 1)
+        real, imaginary = (half[..., None] * eigenvalues).unbind(-1)
+        norm = (1 - real).square() + imaginary.square()
+        along, across = (1 - real) / norm, imaginary / norm  # of D^-1, pairs as complex numbers
+        blocks = torch.stack((along, -across, across, along), -1).unflatten(-1, (2, 2))
+        p = self.P.double().repeat(copies, 1, 1)
+        right, left = ((block @ p[..., None]).flatten(1) for block in (blocks, blocks.mT))
+        weight = 2 * half / (1 + 2 * half * (p.flatten(1) * right).sum(-1, keepdim=True))
+        eye = torch.eye(real.shape[-1], dtype=real.dtype, device=real.device)
+        inverse = (eye[:, None, :, None] * blocks[:, :, :, None]).flatten(3).flatten(1, 2)
+        inverse = inverse - (weight * right)[:, :, None] * left[:, None]
         assert self.B is not None
         b = self.B.double().flatten(-2).repeat(copies, 1) * dt[:, None]
-        solved = torch.linalg.solve(identity - half, torch.cat((identity + half, b[..., None]), -1))
-        signs = torch.tensor([2.0, -2.0], dtype=a.dtype, device=a.device)
-        return DenseRecurrence(solved[..., :-1], solved[..., -1], (self.C.double() * signs).flatten(-2))
+        a = 2 * inverse - torch.eye(2 * real.shape[-1], dtype=real.dtype, device=real.device)
+        c = torch.stack((self.C[..., 0], -self.C[..., 1]), -1).double() * 2
+        return DenseRecurrence(a, (inverse @ b[..., None])[..., 0], c.flatten(-2))
 
     def _scans(self, u: Tensor, layout: Layout | None) -> bool:
         return False  # the recurrence is dense

@@ -290,8 +290,8 @@ class S4D(StateSpaceMixer):
     def _step_system(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """e^z, b, and scale (Re c, -Im c), so that y is a real sum."""
         z, b, c = self.recurrence()
-        signs = torch.tensor([self.scale, -self.scale], device=c.device, dtype=c.dtype)
-        return exponential(z).to(dtype), b.to(dtype), (c * signs).to(dtype)
+        signed = torch.stack((c[..., 0], -c[..., 1]), -1) * self.scale
+        return exponential(z).to(dtype), b.to(dtype), signed.to(dtype)
 
     def init_state(
         self,
