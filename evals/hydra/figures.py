@@ -29,12 +29,18 @@ def throughput_table(found: dict[str, list[Run]]) -> dict[str, dict[str, dict[in
 
 
 def draw_throughput(table: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     with _figure(path, 2) as panels:
         for axes, metric, title in zip(panels, METRICS, ("whole sequences", "decoding"), strict=False):
             for model, values in table[metric].items():
                 lengths = sorted(values)
                 axes.plot(lengths, [values[n] for n in lengths], marker="o", ms=3, label=model)
             axes.set(title=title, xlabel="length", ylabel="tokens a processor second", xscale="log", yscale="log")
+            axes.set_xticks(lengths, [str(n) for n in lengths])
+            axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panels[0].legend()
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evals.hydra import figures
+from evals.hydra import figures, speed
 from evals.hydra.summary import SUITE, Run, arms, collect, judge
 from evals.results import markdown_table, read
 
@@ -53,7 +53,16 @@ def _throughput(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
         for runs in found.values()
         for model, row in runs[-1].named("state_bytes").items()
     }
+    loads = [row["config"]["load"] for runs in found.values() for row in runs[-1].named("state_bytes").values()]
+    longest = max(length for values in table["state_bytes"].values() for length in values)
     yield from ("## Throughput", "", "![tokens a second over length](throughput.png)", "")
+    yield (
+        "One row, float32, one thread, the processor seconds of the best round. The machine's load average was "
+        f"{min(loads):.0f} to {max(loads):.0f} while it ran; beside other work caches are shared, and differences of a "
+        "tenth mean nothing. Eager attention also pays for its memory: one matrix of scores takes "
+        f"{speed.HEADS * longest**2 * 4 / 2**30:.2g} GiB at {longest}."
+    )
+    yield ""
     for metric, title in (
         ("forward_tokens_per_second", "Tokens a processor second, forward over a whole sequence"),
         ("decode_tokens_per_second", "Tokens a processor second, decoding after a context of the length"),

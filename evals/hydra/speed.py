@@ -1,13 +1,14 @@
 """Throughput of Hydra against transformers of its width and depth: whole sequences, and a token at a time.
 
 All models take turns in one process of one thread; times are its processor seconds, the least of the rounds. The
-eager transformer holds the length x length matrix of scores, as the published baseline does; the fused one runs
-PyTorch's fused attention.
+eager transformer holds the length x length matrix of scores, as the published baseline does, and pays the system's
+seconds for that memory too; the fused one runs PyTorch's fused attention.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -77,16 +78,17 @@ def measure(seed: int, options: dict[str, Any], say: Say) -> list[dict[str, Any]
     forward = _least(contestants, lambda name, model: model.encode(ids), options["rounds"], say)
     states = {}
     for name, model in contestants.items():
-        state = model.init_state(BATCH, max_length=length + (options["rounds"] + 1) * options["tokens"])
+        state = model.init_state(BATCH, max_length=length + (options["decode_rounds"] + 1) * options["tokens"])
         states[name] = model.encode(ids, state, return_state=True).state
 
     def decode(name: str, model: LanguageModel) -> None:
         for _ in range(options["tokens"]):
             model.step(ids[:, 0], states[name])
 
-    steps = _least(contestants, decode, options["rounds"], say)
+    steps = _least(contestants, decode, options["decode_rounds"], say)
+    load = os.getloadavg()[0]
     for name, model in contestants.items():
-        about = {"length": length, "model": name, "parameters": model.num_parameters()}
+        about = {"length": length, "model": name, "parameters": model.num_parameters(), "load": load}
         for metric, tokens, seconds in (
             ("forward_tokens_per_second", BATCH * length, forward[name]),
             ("decode_tokens_per_second", BATCH * options["tokens"], steps[name]),

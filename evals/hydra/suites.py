@@ -48,6 +48,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "d_model": 128,
             "blocks": 6,
             "rounds": 2,
+            "decode_rounds": 10,
             "tokens": 16,
         },
         "routing": {"steps": 250, "batch_size": 8, "learning_rate": 3e-3},
@@ -60,7 +61,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "facts": {"steps": 600, "batch_size": 256, "learning_rate": 3e-3, "facts": 2048},
     },
     "smoke": {
-        "throughput": {"lengths": [64], "d_model": 32, "blocks": 3, "rounds": 1, "tokens": 2},
+        "throughput": {"lengths": [64], "d_model": 32, "blocks": 3, "rounds": 1, "decode_rounds": 1, "tokens": 2},
         "routing": {"steps": 3, "batch_size": 2, "learning_rate": 3e-3},
         "memory": {"steps": 3, "batch_size": 2, "learning_rate": 3e-3, "rows": 8},
         "facts": {"steps": 3, "batch_size": 8, "learning_rate": 3e-3, "facts": 8},
