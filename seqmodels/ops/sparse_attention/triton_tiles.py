@@ -34,8 +34,8 @@ def tile_of(rows: int, keys: int, num_warps: int, num_stages: int, *, tf32x3: bo
 # Walking keys, and walking queries, in bf16 and fp16.
 ROWS, ROWS_WIDE = tile_of(64, 32, 4, 2), tile_of(64, 64, 4, 2)
 KEYS, KEYS_NARROW = tile_of(32, 64, 8, 2), tile_of(32, 64, 4, 2)
-# Float32, for heads of up to 64 and of more.
-EXACT_ROWS, EXACT_KEYS, EXACT = (tile_of(*sizes, 4, 1, tf32x3=True) for sizes in ((32, 32), (16, 32), (16, 16)))
+# Float32, walking keys and walking queries with heads of up to 64; and for wider ones.
+EXACT_ROWS, EXACT_KEYS, EXACT = (tile_of(*sizes, 4, 1, tf32x3=True) for sizes in ((32, 32), (32, 16), (16, 16)))
 ROWS_AMD, KEYS_AMD, EXACT_AMD = (tile_of(*sizes, 4, 1) for sizes in ((64, 32), (32, 64), (32, 32)))
 
 
