@@ -55,7 +55,8 @@ class Workspace(Mixer):
             before anything is learned. With a unit normal u and ``nn.Linear``'s initial W_k2 the scores l begin with
             a deviation of 0.58 ``address_std``. A token that is alone among n must exceed the others by log n to
             hold half of a slot: 4.9 for 128, that is 0.75 deviations of a difference at 8 and 6 at 1, where slots
-            begin as means over the segment and a fact named once is lost in them (measured in ``evals.hydra``).
+            begin as means over the segment, in which a fact named once is hardly seen: it is learned later, and not
+            by every seed (measured in ``evals.hydra``).
 
     State: float32; see :class:`WorkspaceState`.
 
