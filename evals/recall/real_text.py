@@ -95,12 +95,17 @@ def _write(results: Results, model: TextModel, score: RecallScore) -> None:
     config = {
         "suite": NAME, "model": model.name, "identity": model.identity, "task": score.task, "layout": score.layout,
         "limit": score.limit, "window": WINDOW, "correct": score.correct, "total": score.total,
-        "dropped": score.dropped, "answers": hashlib.sha256(score.path.read_bytes()).hexdigest()[:16],
+        "dropped": score.dropped, "shortened": score.shortened,
+        "answers": hashlib.sha256(score.path.read_bytes()).hexdigest()[:16],
     }  # fmt: skip
     results.write(case, "contains", score.accuracy, "", backend="auto", config=config)
     if isinstance(model, RunTextModel):
         state = model.model.state_bytes(WINDOW)
         results.write(case, "state_bytes", state, "bytes", backend="auto", config={**config, "context_length": WINDOW})
+
+
+def _mark(row: Mapping[str, Any]) -> str:
+    return "\\*" if row["config"].get("shortened") else ""
 
 
 def page(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -130,12 +135,15 @@ def page(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         model, limit, layout = key
         row = scores[key]
         values = [
-            f"{100 * row[task]['value']:.1f} ({row[task]['config']['total']})" if task in row else "" for task in ORDER
+            f"{100 * row[task]['value']:.1f} ({row[task]['config']['total']}){_mark(row[task])}" if task in row else ""
+            for task in ORDER
         ]
         kept = f"{state[model]:,.0f}" if model in state else ""
         return [model, layout, str(limit), kept, *values]
 
     yield from markdown_table(["model", "layout", "cut to", "state", *ORDER], map(cells, sorted(scores, key=str)))
+    if any(map(_mark, found)):
+        yield from ("", f"\\* some prompts were longer than the window of {WINDOW} tokens and lost their beginning.")
     yield from ("", "Published. Documents are cut differently in each: compare inside a source only.", "")
     yield from markdown_table(
         ["source", "model", *ORDER],

@@ -32,7 +32,8 @@ def command(
     """Measure recall in real text: generate up to 48 tokens behind each prompt and look for the answer.
 
     The score is 1 where any gold answer occurs in the first line generated, whatever its case. Documents are cut
-    around the answer as JRT does it. The same command goes on where a killed one was.
+    around the answer as JRT does it; read twice, they need twice the window. The same command goes on where a
+    killed one was.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -56,7 +57,17 @@ def command(
     check_model_name(model)  # before a hub that may be slow, and data before weights, which may be large
     found = {name: load_examples(name, data, nq_size=nq_size)[:examples] for name in names}
     opened = open_text_model(model, device=device, dtype=dtype, batch_size=batch_size)
-    table = Table("task", "layout", "correct", "of", "accuracy in %", "dropped", title=f"{opened.name}, limit {limit}")
+    table = Table(
+        "task",
+        "layout",
+        "correct",
+        "of",
+        "accuracy in %",
+        "dropped",
+        "shortened",
+        title=f"{opened.name}, limit {limit}",
+    )
+    lost = 0
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         for name in names:
             for kind in LAYOUTS if layout == "both" else (layout,):
@@ -71,5 +82,12 @@ def command(
                 table.add_row(
                     name, kind, str(score.correct), str(score.total),
                     f"{100 * score.accuracy:.1f} ± {100 * score.standard_error:.1f}", str(score.dropped),
+                    str(score.shortened),
                 )  # fmt: skip
+                lost += score.shortened
     Console().print(table)
+    if lost:
+        print(
+            f"{lost} prompts lost their beginning to the window of {window} tokens (shortened): a larger --window or a "
+            "smaller --limit reads them whole"
+        )

@@ -7,6 +7,7 @@ module registers it. Every other argument is lm-eval's own.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seqmodels.evaluation.text_model import Pair, open_text_model
+from seqmodels.evaluation.text_model import Pair, open_text_model, shortened
 
 try:
     import lm_eval.models  # noqa: F401 (lm-eval registers its own models only while there is no other)
@@ -27,6 +28,7 @@ try:
 except ImportError as error:
     raise ImportError("--model seqmodels needs the lm-eval package: pip install 'seqmodels[eval]'") from error
 
+logger = logging.getLogger(__name__)
 TASKS = Path(__file__).parent / "harness_tasks"
 MAX_GEN_TOKS = 256  # lm-eval's own default
 GROUP = 16  # batches between two steps of the progress bar
@@ -84,6 +86,7 @@ class SeqmodelsLM(LM):
         found = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for (stop, tokens), rows in groups.items():
+                self._warn_of_shortened([requests[row].arguments[0] for row in rows], tokens)
                 rows.sort(key=lambda row: -len(requests[row].arguments[0]))
                 for part in self._parts(rows):
                     texts = self.model.generate(
@@ -118,6 +121,15 @@ class SeqmodelsLM(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.arguments, total)
             found.append(total)
         return found
+
+    def _warn_of_shortened(self, prompts: Sequence[str], tokens: int) -> None:
+        count = shortened(self.model, prompts, self.window, tokens)
+        if count:
+            logger.warning(
+                "%d of %d prompts lose their beginning: max_length=%d less %d new tokens; --model_args max_length=... "
+                "reads more",
+                *(count, len(prompts), self.window, tokens),
+            )
 
     def _windows(self, tokens: list[int]) -> list[Pair]:
         """One window where the state carries the past; else of the model's length, every token predicted once."""

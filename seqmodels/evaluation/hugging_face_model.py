@@ -71,8 +71,7 @@ class HuggingFaceTextModel(HuggingFaceCodec):
     ) -> list[str]:
         from transformers import GenerationConfig
 
-        bounds = [bound for bound in (window, self.max_length) if bound is not None]
-        room = prompt_room(min(bounds) if bounds else None, max_new_tokens)
+        room = prompt_room(window, max_new_tokens, self.max_length)
         ids = [self._prompt(prompt, room) for prompt in prompts]
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqmodels.evaluation.records import Records
-from seqmodels.evaluation.text_model import TextModel, fingerprint, groups
+from seqmodels.evaluation.text_model import TextModel, fingerprint, groups, shortened
 from seqmodels.tasks.real_text import MAX_NEW_TOKENS, STOP, WINDOW, questions
 from seqmodels.tasks.recall_scoring import contains
 
@@ -17,7 +17,12 @@ SUFFIX = ".answers"  # JSON lines; not .jsonl, which in a results folder are row
 
 
 class RecallScore(NamedTuple):
-    """``correct`` of ``total`` questions; ``dropped``: examples that the cut leaves out; ``path``: the answers."""
+    """``correct`` of ``total`` questions, with their answers in ``path``.
+
+    Attributes:
+        dropped: examples that the cut leaves out.
+        shortened: prompts that lost their beginning to the window.
+    """
 
     task: str
     layout: str
@@ -25,6 +30,7 @@ class RecallScore(NamedTuple):
     correct: int
     total: int
     dropped: int
+    shortened: int
     path: Path
 
     @property
@@ -96,4 +102,5 @@ def evaluate_recall(
             )  # fmt: skip
         show()
     correct = sum(records.items[str(question.index)]["correct"] for question in asked)
-    return RecallScore(task, layout, limit, correct, len(asked), len(examples) - len(asked), records.path)
+    cut = shortened(model, (question.prompt for question in asked), window, max_new_tokens)
+    return RecallScore(task, layout, limit, correct, len(asked), len(examples) - len(asked), cut, records.path)

@@ -152,16 +152,23 @@ def groups(items: Sequence[Item], model: TextModel) -> Iterator[Sequence[Item]]:
         yield items[begin : begin + size]
 
 
-def prompt_room(window: int | None, max_new_tokens: int) -> int | None:
-    """Tokens of a prompt that are read."""
-    if window is None:
+def prompt_room(window: int | None, max_new_tokens: int, max_length: int | None = None) -> int | None:
+    """Tokens of a prompt that are read: what the answer leaves of the window, or of a shorter model."""
+    bounds = [bound for bound in (window, max_length) if bound is not None]
+    if not bounds:
         return None
-    if window <= max_new_tokens:
+    if min(bounds) <= max_new_tokens:
         raise ValueError(
-            f"window={window} leaves no token of the prompt beside max_new_tokens={max_new_tokens}; expected a larger "
-            "window or fewer new tokens (the window is never beyond a Hugging Face model's own length)"
+            f"window={min(bounds)} leaves no token of the prompt beside max_new_tokens={max_new_tokens}; expected a "
+            "larger window or fewer new tokens (the window is never beyond a Hugging Face model's own length)"
         )
-    return window - max_new_tokens
+    return min(bounds) - max_new_tokens
+
+
+def shortened(model: TextModel, prompts: Iterable[str], window: int | None, max_new_tokens: int) -> int:
+    """How many prompts lose their beginning to the window, or to the model's own length."""
+    room = prompt_room(window, max_new_tokens, model.max_length)
+    return 0 if room is None else sum(len(model.front) + len(model.encode(prompt)) > room for prompt in prompts)
 
 
 def check_pairs(pairs: Sequence[Pair]) -> None:

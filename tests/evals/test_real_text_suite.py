@@ -60,7 +60,7 @@ def test_several_limits_are_several_tables(model, tmp_path, monkeypatch):
 
     def load(task, source, *, nq_size):
         asked.append((task, nq_size))
-        return [PAGE if task == "fda" else NQ]
+        return [PAGE if task == "fda" else {**NQ, "context": NQ["context"] * 180}]
 
     monkeypatch.setattr(real_text, "load_examples", load)
     command = ["--suite", "real_text", "--models", str(model), "--tasks", "fda", "nq", "--limits", "100", "512", "4096"]
@@ -74,6 +74,10 @@ def test_several_limits_are_several_tables(model, tmp_path, monkeypatch):
     assert main(["--report", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert all(text.count(f"| {model} | twice | {limit} |") == 1 for limit in (100, 512, 4096))
+    marked = [line for line in text.splitlines() if "(1)\\*" in line]
+    assert len(marked) == 2  # 2,160 bytes once and twice, uncut at 4096, in a window of 2048
+    assert all("| 4096 |" in line for line in marked)
+    assert "lost their beginning" in text
 
 
 def test_what_is_missing_is_named(model, data, tmp_path, capsys):

@@ -37,6 +37,9 @@ def test_recall_text(model, tmp_path):
         "fda-twice-2048.answers",
     }
     assert output.count("fda") == 2
+    assert "lost their beginning" not in output
+    short = run(*command, "--layout", "twice", "--window", 100, "--out", tmp_path / "short").output
+    assert "1 prompts lost their beginning to the window of 100 tokens" in short
     header, *answers = (tmp_path / "out" / "fda-twice-2048.answers").read_text().splitlines()
     assert json.loads(header)["header"]["layout"] == "twice"
     assert len(answers) == 1  # the answer of one character is left out

@@ -89,11 +89,12 @@ def test_generation_in_batches_of_unequal_prompts(lm):
     ]
 
 
-def test_prompts_keep_their_last_tokens(run):
+def test_prompts_keep_their_last_tokens(run, caplog):
     short = harness.SeqmodelsLM(str(run), max_length=20)
     settings = {"max_gen_toks": 12}
     long, end = short.generate_until(requests("generate_until", [("0123456789", settings), ("3456789", settings)]))
     assert long == end
+    assert "1 of 2 prompts lose their beginning: max_length=20 less 12 new tokens" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": True}, {"num_beams": 4}, {"repetition_penalty": 2.0}])

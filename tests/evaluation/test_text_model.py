@@ -11,7 +11,7 @@ import torch
 from seqmodels.evaluation import run_model
 from seqmodels.evaluation.real_text import evaluate_recall
 from seqmodels.evaluation.records import Records
-from seqmodels.evaluation.text_model import by_length, open_text_model, scores_of
+from seqmodels.evaluation.text_model import by_length, open_text_model, scores_of, shortened
 from seqmodels.layout import Layout
 from seqmodels.models import LanguageModel, ModelConfig, save_model
 
@@ -193,6 +193,16 @@ def test_recall_is_the_share_of_answers_found(tmp_path):
     assert score.standard_error == pytest.approx((2 / 3 * 1 / 3 / 3) ** 0.5)
     uncut = evaluate_recall(Echo(), "fda", EXAMPLES, tmp_path, limit=None)
     assert (uncut.correct, uncut.total, uncut.dropped) == (2, 4, 0)
+
+
+def test_prompts_beyond_the_window_are_counted(tmp_path):
+    # "red is here. Which:" has 19 bytes, "green is here. Which:" 21; the window leaves 20 beside 48 of the answer.
+    score = evaluate_recall(Echo(), "fda", EXAMPLES, tmp_path, limit=None, window=68)
+    assert score.shortened == 1
+    short = Echo()
+    short.max_length, short.front = 66, [0]  # a model's own length, and what stands in front, count too
+    assert shortened(short, ["x" * 17, "x" * 18], 2048, 48) == 1
+    assert shortened(Echo(), ["x" * 10**4], None, 48) == 0
 
 
 def test_a_killed_run_goes_on_and_loses_no_finished_answer(tmp_path):
