@@ -82,8 +82,7 @@ def draw_memory(found: dict[str, list[Run]], path: Path) -> None:
             values = [run.value("accuracy") for run in runs]
             panels[0].bar(index, statistics.mean(values), color=f"C{index}", alpha=0.6)
             panels[0].plot([index] * len(values), values, "k.")
-        chance = next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"]
-        panels[0].axhline(chance, color="black", ls="--", lw=0.8, label="chance")
+        panels[0].axhline(_chance(found), color="black", ls="--", lw=0.8, label="chance")
         panels[0].set_xticks(range(len(found)), [arm.replace("/", "\n").replace(", ", ",\n") for arm in found])
         panels[0].set(ylabel="accuracy; a dot a seed", ylim=(0, 1.05))
         panels[0].legend()
@@ -104,9 +103,16 @@ def draw_facts(found: dict[str, list[Run]], path: Path) -> None:
         for index, values in enumerate(bars.values()):
             panels[0].bar(index, statistics.mean(values), color=f"C{index}", alpha=0.6)
             panels[0].plot([index] * len(values), values, "k.")
+        panels[0].axhline(_chance(found), color="black", ls="--", lw=0.8, label="chance")
         panels[0].set_xticks(range(len(bars)), list(bars))
-        panels[0].set(ylabel="accuracy", ylim=(0, 1.05))
+        panels[0].set(ylabel="accuracy; a dot a seed", ylim=(0, 1.05))
+        panels[0].legend()
+        panels[1].legend()
         panels[1].set(title="mean gate of the memory", xlabel="step")
+
+
+def _chance(found: dict[str, list[Run]]) -> float:
+    return next(iter(found.values()))[0].rows["accuracy", None]["config"]["chance"]
 
 
 def _options(runs: list[Run]) -> dict[str, Any]:

@@ -158,7 +158,11 @@ def _facts(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
         )
     config = next(iter(found.values()))[0].rows["accuracy", None]["config"]
     yield from ("## Closed-book facts", "", "![accuracy, and the gate over training](facts.png)", "")
-    yield f"{config['facts']} random facts, all trained on; chance is {config['chance']:.4f}. One number a seed."
+    yield (
+        f"{config['facts']} random facts, all trained on; chance is {config['chance']:.4f}. One number a seed. A model "
+        "without the memory can store facts in its other weights: switching it off shows where the model that had it "
+        "keeps them."
+    )
     yield from (
         "",
         *markdown_table(["trained with", "parameters", "accuracy", "memory switched off after training"], rows),
