@@ -107,7 +107,8 @@ def draw_facts(found: dict[str, list[Run]], path: Path) -> None:
         panels[0].set_xticks(range(len(bars)), list(bars))
         panels[0].set(ylabel="accuracy; a dot a seed", ylim=(0, 1.05))
         panels[0].legend()
-        panels[1].legend()
+        if panels[1].lines:  # too short a run has no gates
+            panels[1].legend()
         panels[1].set(title="mean gate of the memory", xlabel="step")
 
 
