@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqmodels import backends
 from seqmodels.layout import Layout
+from seqmodels.ops.attention.cpu import fits
 from seqmodels.ops.registration import Operator, cast_inputs, state_dtype
 
 _PACKAGE = "seqmodels.ops.attention"
@@ -48,8 +49,8 @@ def attention(
     With ``bidirectional`` the sum is over |i - j| < window, 2 window - 1 keys: flash-attn's (a, a).
 
     Memory is linear in the length on every path but ``reference`` and the last one named here. On the
-    CPU documents and windows go by blocks through PyTorch's CPU flash attention, which is also what
-    backend "cpu" means here.
+    CPU causal float32 rows of up to 512 tokens have C++ kernels (backend "cpu"); longer rows, documents
+    and windows go by blocks through PyTorch's CPU flash attention, under that name too.
     On a GPU: PyTorch's attention for the dense case, flash-attn (backend "cuda") where it is
     installed, else FlexAttention (backend "triton"). Neither takes float64 or heads below 16 wide; these,
     and backend "torch" there, go under one mask of all scores, whose memory grows with the square.
@@ -85,7 +86,12 @@ def attention(
         )
     q, k, v = cast_inputs(q, k, v)
     backend = backends.requested_backend()
-    if window is None and layout is None and key_cache is None and backend not in ("reference", "triton"):
+    starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
+    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale, bidirectional, pinned)
+    whole = window is None and layout is None and key_cache is None
+    if whole and not bidirectional and q.device.type == "cpu" and backend in ("auto", "cpu") and fits(q):
+        return _operator.overload(*arguments, backend)[0]
+    if whole and backend not in ("reference", "triton"):
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -101,8 +107,6 @@ def attention(
         raise backends.BackendUnavailable(
             f"attention: backend {backend!r} was asked for, but q is on {q.device.type!r}"
         )
-    starts, lengths = (None, None) if layout is None else (layout.starts, layout.lengths)
-    arguments = (q, k, v, key_cache, value_cache, position, starts, lengths, window, scale, bidirectional, pinned)
     return _operator.overload(*arguments, "torch" if backend == "cpu" else backend)[0]
 
 
@@ -254,7 +258,7 @@ _operator = Operator(
     residuals=1,
     keep_outputs=True,
     fake=_fake,
-    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch"},
+    modules={"reference": f"{_PACKAGE}.reference", "torch": f"{_PACKAGE}.torch", "cpu": f"{_PACKAGE}.cpu"},
     differentiable=(0, 1, 2, 3, 4),
 )
 _step_operator = Operator(
