@@ -14,7 +14,9 @@ from triton.runtime import interpreter
 
 
 def install() -> None:
-    """Changes the interpreter of this process."""
+    """Changes the interpreter of this process, if it has the parts that Triton 3.6 has; else it stays slow."""
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope")):
+        return
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     done: set[frozenset[int]] | None = None  # modules patched by helpers of the launch; None outside one
 
