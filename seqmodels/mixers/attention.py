@@ -200,11 +200,13 @@ class Attention(Mixer):
             torch.zeros(batch_size, dtype=torch.int64, device=device),
         )
 
-    def with_capacity(self, state: AttentionState, max_length: int | None) -> AttentionState:
-        wanted = self._capacity(max_length)
-        if wanted < state.key.shape[2]:
+    def with_capacity(self, state: AttentionState, max_length: int | None, *, shrink: bool = True) -> AttentionState:
+        wanted, held = self._capacity(max_length), state.key.shape[2]
+        if wanted < held:
+            if not shrink:
+                return state
             check_fits(state.position, wanted)
-        change = (0, 0, 0, wanted - state.key.shape[2])  # a negative number cuts
+        change = (0, 0, 0, wanted - held)  # a negative number cuts
         return dataclasses.replace(state, key=F.pad(state.key, change), value=F.pad(state.value, change))
 
     def pin(self, count: int) -> None:

@@ -99,9 +99,10 @@ class Mixer(nn.Module):
         grows with it. Device and dtype default to the parameters'."""
         raise NotImplementedError
 
-    def with_capacity(self, state: Any, max_length: int | None) -> Any:
-        """The same state with the capacity that ``init_state(max_length=max_length)`` has: differentiable, nothing in
-        place. The tokens seen must fit it. A layer whose state grows with the context implements this."""
+    def with_capacity(self, state: Any, max_length: int | None, *, shrink: bool = True) -> Any:
+        """The same state with the capacity that ``init_state(max_length=max_length)`` has, or with the one it has
+        where that is larger and ``shrink`` is False: differentiable, nothing in place. The tokens seen must fit it.
+        A layer whose state grows with the context implements this."""
         return state
 
     def pin(self, count: int) -> None:

@@ -175,7 +175,7 @@ class SparseGlobalAttention(Attention):
         chosen = min(length, self._window + self.num_globals) - local  # the base counts the window and what is pinned
         return super().flops(length) + 4 * length * self.num_heads * self.head_dim * chosen
 
-    def with_capacity(self, state: AttentionState, max_length: int | None) -> AttentionState:
+    def with_capacity(self, state: AttentionState, max_length: int | None, *, shrink: bool = True) -> AttentionState:
         return state  # its size depends on no length
 
     def _pinned(self, scores: Tensor, position: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ class Branch(nn.Module):
     def init_state(self, batch_size: int, **options: Any) -> BranchState:
         return BranchState(tuple(layer.init_state(batch_size, **options) for layer in self.members()))
 
-    def with_capacity(self, state: BranchState, max_length: int | None) -> BranchState:
+    def with_capacity(self, state: BranchState, max_length: int | None, *, shrink: bool = True) -> BranchState:
         pairs = zip(self.members(), state.layers, strict=True)
-        return BranchState(tuple(layer.with_capacity(layer_state, max_length) for layer, layer_state in pairs))
+        return BranchState(tuple(layer.with_capacity(part, max_length, shrink=shrink) for layer, part in pairs))
 
     def flops(self, length: int) -> int:
         return sum(layer.flops(length) for layer in self.members())
@@ -158,9 +158,9 @@ class Parallel(nn.Module):
     def init_state(self, batch_size: int, **options: Any) -> ParallelState:
         return ParallelState(tuple(path.init_state(batch_size, **options) for _, path in self.named_paths()))
 
-    def with_capacity(self, state: ParallelState, max_length: int | None) -> ParallelState:
+    def with_capacity(self, state: ParallelState, max_length: int | None, *, shrink: bool = True) -> ParallelState:
         pairs = zip(self.named_paths(), state.paths, strict=True)
-        return ParallelState(tuple(path.with_capacity(path_state, max_length) for (_, path), path_state in pairs))
+        return ParallelState(tuple(path.with_capacity(part, max_length, shrink=shrink) for (_, path), part in pairs))
 
     def flops(self, length: int) -> int:
         return sum(path.flops(length) for _, path in self.named_paths())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from seqmodels.layout import Layout
+from seqmodels.mixers.base import check_positive
 from seqmodels.models.config import ModelConfig
 from seqmodels.models.initialization import construction, initialize_embedding
 from seqmodels.models.loss import check_ids, inside_prefix, next_token_targets
@@ -113,7 +114,9 @@ class LanguageModel(nn.Module):
         self._check_tokens(tokens, layout)
         if state is None and self.meta_tokens is not None:
             documents = tokens.shape[0] if layout is None else layout.num_documents
-            state = self._after_meta_tokens(documents, tokens.shape[1] if return_state else 0)
+            length = tokens.shape[1] if return_state else 0
+            # A state that is returned keeps whole windows, as it has them without meta tokens: decoding goes on.
+            state = self._after_meta_tokens(documents, length, shrink=not return_state)
         return self.backbone(
             F.embedding(tokens, self.embedding.weight), state, layout=layout, return_state=return_state
         )
@@ -212,6 +215,9 @@ class LanguageModel(nn.Module):
         With meta tokens that is the state behind them. Their gradient passes through it in training mode alone,
         so that a state to decode with holds no graph.
         """
+        check_positive(type(self).__name__, batch_size=batch_size)
+        if max_length is not None and max_length < 0:
+            raise ValueError(f"max_length is {max_length}; expected a number of tokens")
         room = None if max_length is None else max_length + self.config.meta_tokens
         made = partial(self.backbone.init_state, max_length=room, dtype=dtype)
         if self.meta_tokens is None or self.meta_tokens.is_meta or torch.device(device or "cpu").type == "meta":
@@ -223,12 +229,12 @@ class LanguageModel(nn.Module):
             like = made(1, device="meta")
             return tree_map(lambda value, as_in: None if as_in is None else value.to(device, as_in.dtype), state, like)
 
-    def _after_meta_tokens(self, documents: int, max_length: int | None) -> ModelState:
+    def _after_meta_tokens(self, documents: int, max_length: int | None, *, shrink: bool = True) -> ModelState:
         """The state behind the meta tokens for each document, with room for ``max_length`` tokens more."""
         assert self.meta_tokens is not None
         state = self.backbone(self.meta_tokens[None], return_state=True).state
         room = None if max_length is None else max_length + self.config.meta_tokens
-        state = self.backbone.with_capacity(state, room)
+        state = self.backbone.with_capacity(state, room, shrink=shrink)
         return state.map(lambda tensor: tensor.expand(documents, *tensor.shape[1:]).contiguous())
 
     def state_bytes(self, context_length: int, *, batch_size: int = 1, dtype: torch.dtype | None = None) -> int:

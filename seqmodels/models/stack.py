@@ -163,10 +163,12 @@ class Stack(nn.Module):
             )
         )
 
-    def with_capacity(self, state: ModelState, max_length: int | None) -> ModelState:
+    def with_capacity(self, state: ModelState, max_length: int | None, *, shrink: bool = True) -> ModelState:
         """The same state with room for ``max_length`` tokens in all; see :meth:`Mixer.with_capacity`."""
         pairs = zip(self.order, state.layers, strict=True)
-        return ModelState(tuple(self._block(index).layer.with_capacity(part, max_length) for index, part in pairs))
+        return ModelState(
+            tuple(self._block(index).layer.with_capacity(part, max_length, shrink=shrink) for index, part in pairs)
+        )
 
     def pin(self, count: int) -> None:
         """Keeps the first ``count`` tokens of a document in sight of every layer (:meth:`Mixer.pin`).

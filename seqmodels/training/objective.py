@@ -152,8 +152,9 @@ def state_template(model: LanguageModel) -> ModelState:
     try:
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.embedding.weight.device)
+            model.eval()  # before the first call: in training mode layers count the meta tokens they read
             template = model.init_state(1, max_length=1)
-            model.eval().encode(token, template, return_state=True)
+            model.encode(token, template, return_state=True)
             return template
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{asked}: {error}") from error

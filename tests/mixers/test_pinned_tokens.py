@@ -58,6 +58,8 @@ def test_a_state_of_another_capacity_goes_on_alike(window: int | None, pinned: i
     assert layer.with_capacity(wide, 4).key.shape[2] == 4
     with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3; make the state with max_length"):
         layer.with_capacity(wide, 3)
+    assert layer.with_capacity(wide, 4, shrink=False).key.shape == wide.key.shape
+    assert layer.with_capacity(small, 8, shrink=False).key.shape[2] == 8
 
 
 def test_a_state_that_does_not_grow_has_any_capacity() -> None:

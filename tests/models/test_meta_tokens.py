@@ -71,7 +71,7 @@ def carries_meta_tokens(name: str) -> bool:
     return name != "hedgehog_window" and layer_class(name).causality == "causal" and not name.startswith("test_")
 
 
-@pytest.mark.parametrize("name", filter(carries_meta_tokens, layer_names()))
+@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, layer_names())))
 def test_every_layer_equals_prepending(name: str) -> None:
     """Every layer passes on outputs and gradients through the state that all documents begin from."""
     model = one_layer(name, torch.float64)
@@ -92,7 +92,7 @@ def test_every_layer_equals_prepending(name: str) -> None:
 
 
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason=str(backends.missing("cpu")))
-@pytest.mark.parametrize("name", filter(carries_meta_tokens, layer_names()))
+@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, layer_names())))
 def test_gradient_through_the_kernels_that_take_float32(name: str) -> None:
     """The C++ kernels pass the gradient on to the state that documents begin from."""
     exact, model = one_layer(name, torch.float64), one_layer(name, torch.float32)
@@ -210,6 +210,18 @@ def test_sequence_pieces_and_left_padding() -> None:
         torch.testing.assert_close(padded[row, 17 - length :], prepended(model, ids[row : row + 1, 17 - length :])[0])
 
 
+def test_a_returned_state_keeps_whole_windows() -> None:
+    """Layers with windows alone go on without end behind a short text, as they do without meta tokens."""
+    pattern = "mamba2|window kv_shift_attention>mlp sparse_global_attention"
+    layers = {**LAYERS, "sparse_global_attention": {"num_heads": 2, "window": 4, "block": 4, "num_globals": 2}}
+    model, ids = meta_model(pattern=pattern, layers=layers).eval(), tokens(2, 30)
+    state = model(ids[:, :1], return_state=True).state
+    like = model.init_state(2)
+    assert [tensor.shape for _, tensor in state.tensors()] == [tensor.shape for _, tensor in like.tensors()]
+    stepped = torch.stack([model.step(ids[:, t], state) for t in range(1, 30)], 1)
+    torch.testing.assert_close(stepped, prepended(model, ids)[:, 1:])
+
+
 def test_generation_of_unequal_prompts() -> None:
     model = meta_model().eval()
     prompts = [tokens(1, 9)[0].tolist(), [3], tokens(1, 4, seed=5)[0].tolist()]
@@ -322,6 +334,21 @@ def test_pinned_tokens_of_a_layer_stay_beside_them() -> None:
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LanguageModel(ModelConfig(**{"vocab_size": 9, "d_model": 8, "pattern": "mlp", **changes}))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected a positive integer"),
+        ({"batch_size": -1}, "batch_size is -1; expected a positive integer"),
+        ({"batch_size": 1, "max_length": -2}, "max_length is -2; expected a number of tokens"),
+    ],
+)
+def test_states_of_no_size_are_refused(count: int, options: dict[str, int], message: str) -> None:
+    model = meta_model(pattern="attention", meta_tokens=count)
+    with pytest.raises(ValueError, match=message):
+        model.init_state(**{"max_length": 4, **options})
 
 
 def test_backends_agree() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from training_cases import tiny_config
 
-from seqmodels.models import LanguageModel, generate, load_model
+from seqmodels.models import LanguageModel, ModelConfig, generate, load_model
 from seqmodels.training.loop import train
+from seqmodels.training.objective import state_template
 
 MODEL = {
     "vocab_size": 256,
@@ -47,3 +48,12 @@ def test_a_run_learns_them_and_goes_on(tmp_path, reading: dict[str, Any]) -> Non
     assert torch.equal(loaded.meta_tokens, result.model.meta_tokens)
     prompts = [[1, 2, 3], [4]]
     assert generate(loaded, prompts, max_new_tokens=4) == generate(result.model, prompts, max_new_tokens=4)
+
+
+def test_asking_for_the_template_of_a_state_counts_no_load() -> None:
+    """A run that goes on asks for it again, and must not count the meta tokens twice."""
+    layers = {"chunk_moe": {"num_experts": 3, "d_hidden": 8, "chunk_size": 4, "balance": "bias"}}
+    model = LanguageModel(ModelConfig(vocab_size=9, d_model=8, pattern="chunk_moe", layers=layers, meta_tokens=5))
+    state_template(model)
+    assert model.training
+    assert model.backbone.layers()[0].assigned.sum() == 0
