@@ -7,15 +7,19 @@ drawn from the run's seed, and a gate keeps in the weights what its ramp gave it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from seqmodels.channel import ChunkMoE
+from seqmodels.configuration import ConfigError
 from seqmodels.models import LanguageModel
 from seqmodels.models.block import Parallel
 from seqmodels.models.running_parts import RunningParts, part_sites, set_running_parts
 from seqmodels.training.curriculum_config import GATE, CurriculumConfig, RampConfig
+from seqmodels.training.reading import Span
 
 JUMPS = 8  # of a whole number's ramp
 
@@ -120,7 +124,8 @@ class Curriculum:
     @torch.no_grad()
     def _move(self, ramp: RampConfig, local: int) -> None:
         progress = min(1.0, max(0.0, (local - ramp.after) / ramp.steps))
-        value = ramp.start + (ramp.end - ramp.start) * progress
+        # Not start + (end - start) * progress, whose end is not the configured number to the last bit.
+        value = ramp.start * (1 - progress) + ramp.end * progress
         for site in self.sites[ramp.part]:
             if ramp.quantity == GATE:
                 if local <= ramp.after + ramp.steps:  # the end itself once; from there on it is learned
@@ -159,6 +164,33 @@ class Curriculum:
                         self._parts[name] = (word, False)
                     elif parameter is site.gate:
                         self._parts[name] = (word, True)
+
+
+def check_carried_ramps(config: CurriculumConfig, model: LanguageModel, spans: Sequence[Span]) -> None:
+    """Refuses a ramp that changes the size of a state which is carried from step to step meanwhile.
+
+    Raises:
+        ConfigError: names the stage and the ramp.
+    """
+    sites = part_sites(model)
+    for index, span in enumerate(spans):
+        ramps = config.stages[index].ramps if span.carry else ()  # where any span carries, each is that of its stage
+        for ramp in (ramp for ramp in ramps if ramp.quantity != GATE):
+            for layer in (layer for site in sites[ramp.part] for layer in site.members()):
+                configured = getattr(layer, ramp.quantity, None)
+                if configured is None:
+                    continue
+                sizes = []
+                for value in (ramp.start, ramp.end):
+                    setattr(layer, ramp.quantity, type(configured)(value))
+                    sizes.append(layer.state_bytes(1))
+                setattr(layer, ramp.quantity, configured)
+                if sizes[0] != sizes[1]:
+                    raise ConfigError(
+                        f"{span.where}: the ramp of {ramp.part}.{ramp.quantity} changes the size of the state that "
+                        "carry_state hands on; move the ramp to a stage that carries nothing, or set carry_state: "
+                        "false in this one"
+                    )
 
 
 def _whole(tensor: Tensor) -> Tensor:

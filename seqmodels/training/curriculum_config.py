@@ -124,7 +124,14 @@ def check_curriculum(config: CurriculumConfig | None, model: StackConfig, steps:
                 raise ConfigError(f"{where}: {word!r} is activated {staged.count(word)} times; keep one")
         running.update(stage.activates)
         _check_experts(stage, paths, running, where, first_stage=index == 0)
+        moved = [(ramp.part, ramp.quantity) for ramp in stage.ramps]
         for ramp in stage.ramps:
+            count = moved.count((ramp.part, ramp.quantity))
+            if count > 1:
+                raise ConfigError(
+                    f"{where}: {count} ramps of {ramp.part}.{ramp.quantity}, of which the last alone would count; "
+                    "keep one, or make two stages"
+                )
             if ramp.part not in running:
                 raise ConfigError(f"{where}: a ramp of {ramp.part!r}, which does not run yet; activate it first")
             if ramp.after + ramp.steps > length:

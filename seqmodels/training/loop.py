@@ -33,7 +33,7 @@ from seqmodels.training.checkpoint import (
     save_checkpoint,
 )
 from seqmodels.training.config import TrainConfig
-from seqmodels.training.curriculum import Curriculum
+from seqmodels.training.curriculum import Curriculum, check_carried_ramps
 from seqmodels.training.data import TextData, load_text
 from seqmodels.training.display import Display
 from seqmodels.training.distributed import Processes, gradient_exchange, parallelize, processes
@@ -105,6 +105,8 @@ class Trainer:
         sharded = config.parallel == "fsdp" and here.world_size > 1
         check_sparse_gradients(sparse, sharded=sharded, compiled=config.compile)
         self._template = state_template(self.model) if self.feed.longest is not None else None
+        if config.curriculum is not None:
+            check_carried_ramps(config.curriculum, self.model, self.feed.spans)
         self.run = self._open_run(folder, resume)
         objective = make_objective(self.model, self.feed.masking, self.feed.longest)
         self.parts = objective.parts

@@ -16,7 +16,7 @@ from seqmodels.configuration import ConfigError
 from seqmodels.models import LanguageModel, load_model, save_model
 from seqmodels.models.running_parts import RunningParts, running_parts, set_running_parts
 from seqmodels.training.config import TrainConfig, convert_train_config, load_train_config
-from seqmodels.training.curriculum import Curriculum
+from seqmodels.training.curriculum import Curriculum, check_carried_ramps
 from seqmodels.training.data import load_text
 from seqmodels.training.loop import train
 from seqmodels.training.reading import reading_plan
@@ -109,6 +109,25 @@ def test_ramps_end_where_the_model_is_configured() -> None:
     assert globals_ == [16] * 3 + [0, 0, 8] + [16] * 6
     assert temperatures == [1.0] * 6 + [2.0, 1.5, 1.0] + [1.0] * 3
     assert isinstance(globals_[5], int)
+
+
+def test_a_ramp_ends_at_the_configured_number_to_the_last_bit() -> None:
+    """3 + (0.1 - 3) is not 0.1: a finished run would be taken for one in the middle of its ramp."""
+    stages: list[dict[str, Any]] = [
+        {"name": "all", "share": 1.0, "ramps": [
+            {"part": "experts", "quantity": "temperature", "start": 3.0, "end": 0.1, "steps": 2},
+        ]},
+    ]  # fmt: skip
+    colder = {**MODEL, "experts": {**MODEL["experts"], "temperature": 0.1}}
+    made = convert_train_config(tiny_data(Path("unused"), model=colder, curriculum={"stages": stages}, steps=4))
+    assert made.curriculum is not None
+    model = LanguageModel(made.model)
+    curriculum = Curriculum(made.curriculum, model, 4, seed=0)
+    configured = []
+    for step in range(4):
+        curriculum.begin(step)
+        configured.append(running_parts(model).as_configured)
+    assert configured == [False, False, True, True]
 
 
 def test_learning_rates_of_old_and_new_weights() -> None:
@@ -277,6 +296,7 @@ def ramp(**values: Any) -> list[dict[str, Any]]:
         (changed(1, ramps=ramp(quantity="num_globals", end=8)), "ends at 8, but the model is configured with 16"),
         (changed(1, ramps=ramp(quantity="globals")), "no layer of this part has a number 'globals'"),
         (changed(3, ramps=ramp(part="memory")), "'memory' has no gate"),
+        (changed(1, ramps=ramp() + ramp(start=0.1)), "2 ramps of sparse_attention.gate, of which the last alone"),
         ([*changed(0, share=0.01), {"name": "rest", "share": 0.24}], "a share of 0.01 of steps=12 is no step"),
         (changed(0, share=-0.1), "share"),
         (changed(0, activate=["experts"]), "'curriculum.stages.*activate'.*activates|unknown.*activate"),
@@ -285,6 +305,15 @@ def ramp(**values: Any) -> list[dict[str, Any]]:
 def test_refusals(tmp_path: Path, stages: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         convert_train_config(tiny_data(tmp_path, model=MODEL, curriculum={"stages": stages}, steps=12))
+
+
+def test_a_ramp_that_changes_the_size_of_a_carried_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.1 \(attention\): the ramp of sparse_attention.num_globals changes"):
+        train(config(tmp_path, changed(1, carry_state=True)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    cooled = config(tmp_path, changed(2, carry_state=True))  # a temperature changes no size
+    assert cooled.curriculum is not None
+    check_carried_ramps(cooled.curriculum, LanguageModel(cooled.model), reading_plan(cooled))
 
 
 def test_a_model_without_the_part_is_refused(tmp_path: Path) -> None:
