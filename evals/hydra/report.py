@@ -58,7 +58,7 @@ def _throughput(found: dict[str, list[Run]], target: Path) -> Iterator[str]:
     yield from ("## Throughput", "", "![tokens a second over length](throughput.png)", "")
     yield (
         "One row, float32, one thread, the processor seconds of the best round. The machine's load average was "
-        f"{min(loads):.0f} to {max(loads):.0f} while it ran; beside other work caches are shared, and differences of a "
+        f"{min(loads):.1f} to {max(loads):.1f} while it ran; beside other work caches are shared, and differences of a "
         "tenth mean nothing. Eager attention also pays for its memory: one matrix of scores takes "
         f"{speed.HEADS * longest**2 * 4 / 2**30:.2g} GiB at {longest}."
     )
