@@ -15,7 +15,7 @@ from seqmodels.ops.attention import cpu as kernels
 
 pytestmark = [
     pytest.mark.skipif(extension.load() is not None, reason=str(extension.load())),
-    pytest.mark.skipif(not kernels.X86, reason="other machines use PyTorch's kernels"),
+    pytest.mark.skipif(not kernels.VECTORS, reason="other machines use PyTorch's kernels"),
 ]
 UNIT = 2.0**-24  # largest relative error of one float32 operation
 # batch, length, heads, key heads, head width: one token, partial tiles and vectors, grouped heads, several vectors

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 LONGEST, WIDEST = 512, 256  # tokens and head width up to which it was measured to be the faster way
-X86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere PyTorch's own products are
+# Elsewhere, and without AVX2, PyTorch's own products are.
+VECTORS = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 def fits(q: Tensor) -> bool:
     """Whether the kernels are for queries (batch, length, heads, head_dim) like these."""
-    return X86 and q.dtype == torch.float32 and 1 <= q.shape[1] <= LONGEST and 1 <= q.shape[3] <= WIDEST
+    return VECTORS and q.dtype == torch.float32 and 1 <= q.shape[1] <= LONGEST and 1 <= q.shape[3] <= WIDEST
 
 
 def supports(
@@ -38,7 +39,7 @@ def supports(
         return "the C++ kernels are for causal rows without documents, windows and caches"
     if not fits(q):
         return (
-            f"the C++ kernels are for x86, float32, 1 to {LONGEST} tokens and heads up to {WIDEST} wide; "
+            f"the C++ kernels are for x86 with AVX2, float32, 1 to {LONGEST} tokens and heads up to {WIDEST} wide; "
             f"q is {tuple(q.shape)} {q.dtype}"
         )
     return None
