@@ -45,8 +45,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 LENGTHS = [[3, 14, 7], [20, 4], [8, 16], [1, 1, 22]]
 
 
-def make(pattern: str = PATTERN) -> LanguageModel:
-    values = {"vocab_size": 30, "d_model": 16, "pattern": pattern, "layers": LAYERS}
+def make(pattern: str = PATTERN, meta_tokens: int = 0) -> LanguageModel:
+    values = {"vocab_size": 30, "d_model": 16, "pattern": pattern, "layers": LAYERS, "meta_tokens": meta_tokens}
     return LanguageModel(convert(values, ModelConfig, "model")).double()
 
 
@@ -70,9 +70,10 @@ def gradients(model: LanguageModel, output: ObjectiveOutput) -> dict[str, Tensor
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("count", [3, 8])
-def test_windows_with_gradient_are_the_long_row(count: int) -> None:
-    model, batch = make(), rows()
+@pytest.mark.parametrize(("count", "meta_tokens"), [(3, 5), (8, 0)])
+def test_windows_with_gradient_are_the_long_row(count: int, meta_tokens: int) -> None:
+    """With meta tokens, whose gradient comes back through the windows that go on, also from documents begun later."""
+    model, batch = make(meta_tokens=meta_tokens), rows()
     objective = Objective(model, 24)
     whole = objective(batch.tokens, batch.targets, batch.layout())
     cut = objective(batch.tokens, batch.targets, cut_windows(batch, count, capacity=11))
@@ -81,6 +82,7 @@ def test_windows_with_gradient_are_the_long_row(count: int) -> None:
     expected, found = gradients(model, whole), gradients(model, cut)
     assert expected.keys() == found.keys()
     assert "backbone.blocks.1.layer.initial_slots" in found
+    assert ("meta_tokens" in found) == (meta_tokens > 0)
     for name, gradient in expected.items():
         torch.testing.assert_close(
             found[name], gradient, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: name + text
