@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from seqmodels.state import State
 from seqmodels.tasks.text import TextBatch
 from seqmodels.training.gradients import stored
 
@@ -41,7 +42,8 @@ def first_non_finite_output(objective: nn.Module, run: Iterable) -> str | None:
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            for tensor in pytree.tree_leaves(output):
+            # Not the states: scores of pinned tokens are infinite in them.
+            for tensor in pytree.tree_leaves(output, is_leaf=lambda value: isinstance(value, State)):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     found.append(f"{name or 'model'} ({type(module).__name__})")
                     return
@@ -68,14 +70,17 @@ def diverged(
     rank: int,
     output: str | None,
     gradients: list[str],
+    carried: dict[str, Tensor] | None = None,
 ) -> TrainingDiverged:
-    """Saves ``batch_RANK.safetensors``, ``model.safetensors`` and ``report.json``; the error to raise.
+    """Saves ``batch_RANK.safetensors``, ``model.safetensors`` and ``report.json``, and ``carried_RANK.safetensors``
+    where rows go on from states; the error to raise.
 
     Args:
         what: step, loss and gradient norm in words.
         batches: this process's micro-batches of the step.
         weights: before the step; None on all processes but one.
         output, gradients: what :func:`first_non_finite_output` and :func:`non_finite_gradients` found.
+        carried: the states that the rows go on from.
     """
     lengths = [row for batch in batches for row in batch.lengths]
     tensors = {
@@ -84,6 +89,8 @@ def diverged(
         "document_counts": torch.tensor([len(row) for row in lengths]),
         "document_lengths": torch.tensor([length for row in lengths for length in row]),
     }
+    if batches[0].inside:
+        tensors["inside"] = torch.tensor([begun for batch in batches for begun in batch.inside])
     if batches[0].masked is not None:
         tensors["masked"] = torch.cat([batch.masked for batch in batches if batch.masked is not None])
     report = {"what": what, "first_non_finite_output": output, "non_finite_gradients": gradients}
@@ -91,6 +98,8 @@ def diverged(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"batch_{rank}.safetensors")
+        if carried:
+            save_file({name: tensor.cpu() for name, tensor in carried.items()}, folder / f"carried_{rank}.safetensors")
         if weights is not None:
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
             save_file(plain, folder / "model.safetensors")

@@ -332,6 +332,7 @@ class Trainer:
             rank=self.here.rank,
             output=first_non_finite_output(self.objective, self._replay(batches)),
             gradients=non_finite_gradients(self.model),
+            carried=self.feed.state_tensors(),
         )
 
     def _replay(self, batches: list[TextBatch]) -> Iterator[Tensor]:

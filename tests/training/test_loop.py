@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from training_cases import tiny_config, write_corpus
 
-from seqmodels.configuration import ConfigError
-from seqmodels.models import LanguageModel
+from seqmodels.configuration import ConfigError, convert
+from seqmodels.models import LanguageModel, ModelConfig
 from seqmodels.tasks.corpus import CorpusError
 from seqmodels.tasks.text import TextBatch
 from seqmodels.training.checkpoint import CheckpointError, list_checkpoints
-from seqmodels.training.divergence import TrainingDiverged, diverged
+from seqmodels.training.divergence import TrainingDiverged, diverged, first_non_finite_output
 from seqmodels.training.loop import train
 from seqmodels.training.run_folder import RunFolder, RunFolderError
 
@@ -247,6 +247,25 @@ def test_a_step_that_is_not_finite_stops_with_the_batch_and_the_place(tmp_path, 
     assert all(step <= after for step in steps)
 
 
+def test_a_diverged_step_keeps_the_states_that_its_rows_went_on_from(tmp_path, monkeypatch):
+    plain, calls = LanguageModel.loss, 0
+
+    def poisoned(self, *args, **kwargs):
+        nonlocal calls
+        calls += self.training
+        output = plain(self, *args, **kwargs)
+        return output._replace(loss=output.loss * math.nan) if calls > 2 else output
+
+    monkeypatch.setattr(LanguageModel, "loss", poisoned)
+    with pytest.raises(TrainingDiverged, match="step 2: ") as error:
+        train(tiny_config(tmp_path, carry_state=True), tmp_path / "run")
+    batch, states = (load_file(error.value.folder / f"{name}_0.safetensors") for name in ("batch", "carried"))
+    assert batch["inside"].shape == (4,)
+    assert batch["inside"].any()
+    assert states
+    assert all(tensor.shape[0] == 4 for tensor in states.values())
+
+
 def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch):
     plain = LanguageModel.loss
 
@@ -258,6 +277,20 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(LanguageModel, "loss", overflowing)  # 0 * d sqrt(0) is NaN, the loss itself is not
     with pytest.raises(TrainingDiverged, match=r"step 0: .*the gradient of backbone\.norm\.weight"):
         train(tiny_config(tmp_path), tmp_path / "run")
+
+
+def test_infinite_scores_in_a_state_are_not_where_a_run_diverged():
+    """Pinned tokens have them, meta tokens among them."""
+    layers = {"sparse_global_attention": {"num_heads": 2, "window": 4, "num_globals": 2, "block": 4}}
+    values = {"vocab_size": 9, "d_model": 8, "pattern": "sparse_global_attention swiglu", "meta_tokens": 2}
+    model = LanguageModel(convert({**values, "layers": layers}, ModelConfig, "model"))
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    assert any(tensor.isinf().any() for _, tensor in model.init_state(1).tensors())
+    assert first_non_finite_output(model, (model(tokens) for _ in range(1))) is None
+    with torch.no_grad():
+        model.backbone.blocks[1].layer.out_proj.weight.fill_(math.nan)
+    found = first_non_finite_output(model, (model(tokens) for _ in range(1)))
+    assert found == "backbone.blocks.1.layer.out_proj (Linear)"
 
 
 def test_divergence_is_told_also_when_the_batch_cannot_be_saved(tmp_path):
