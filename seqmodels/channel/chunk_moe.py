@@ -205,6 +205,10 @@ class ChunkMoE(Mixer):
             torch.zeros(batch_size, k, device=device, dtype=carried),
         )
 
+    def pin(self, count: int) -> None:
+        if self.router_input == "paper_mean":
+            self._refuse_state()
+
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Moves ``selection_bias`` toward even loads, by the decisions since the last call; for ``balance="bias"``.

@@ -222,8 +222,8 @@ class ModelConfig(StackConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size("vocab_size", self.vocab_size)
-        if self.meta_tokens < 0:
-            raise ValueError(f"meta_tokens is {self.meta_tokens}; expected a number of learned vectors, 0 for none")
+        if isinstance(self.meta_tokens, bool) or not isinstance(self.meta_tokens, int) or self.meta_tokens < 0:
+            raise ValueError(f"meta_tokens is {self.meta_tokens!r}; expected a number of learned vectors, 0 for none")
         if self.meta_tokens and self.objective == "prefix":
             raise ValueError(
                 f"meta_tokens is {self.meta_tokens}, but with objective 'prefix' a document's first call must begin "

@@ -174,17 +174,24 @@ class Stack(nn.Module):
         """Keeps the first ``count`` tokens of a document in sight of every layer (:meth:`Mixer.pin`).
 
         Raises:
-            ValueError: for a layer that cannot, with its block.
+            ValueError: for a layer that cannot, with its block; when no layer has a state that could hold them.
         """
         pinned: set[int] = set()
+        held = 0
         for spec, layer, site in self.named_layers():
             if id(layer) in pinned:
                 continue
             pinned.add(id(layer))
             try:
                 layer.pin(count)
-            except ValueError as error:
-                raise ValueError(f"block {site} ({spec.name}) cannot be used with meta tokens. {error}") from error
+                held += layer.init_state(1, max_length=count, device="meta").nbytes
+            except (ValueError, NotImplementedError) as error:
+                reason = str(error) or "It has no init_state"
+                raise ValueError(f"block {site} ({spec.name}) cannot be used with meta tokens. {reason}") from error
+        if held == 0:
+            raise ValueError(
+                "every layer treats each token alone, so nothing would read the meta tokens; set meta_tokens: 0"
+            )
 
     def flops(self, length: int) -> int:
         """Multiply and add operations of all blocks over one sequence; norms and sums are left out."""

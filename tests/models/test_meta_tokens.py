@@ -324,6 +324,13 @@ def test_pinned_tokens_of_a_layer_stay_beside_them() -> None:
     ("changes", "message"),
     [
         ({"meta_tokens": -1}, "meta_tokens is -1; expected a number of learned vectors"),
+        ({"meta_tokens": 1.5}, "meta_tokens is 1.5; expected a number of learned vectors"),
+        ({"meta_tokens": True}, "meta_tokens is True; expected a number of learned vectors"),
+        ({"meta_tokens": 2, "pattern": "mlp swiglu"}, "every layer treats each token alone.* set meta_tokens: 0"),
+        (
+            {"meta_tokens": 2, "pattern": "mlp chunk_moe", "layers": {"chunk_moe": {"router_input": "paper_mean"}}},
+            r"block 1 \(chunk_moe\) cannot be used with meta tokens.*averages a whole chunk.*router_input='past'",
+        ),
         ({"meta_tokens": 2, "objective": "prefix"}, "meta_tokens is 2, but with objective 'prefix'"),
         (
             {"meta_tokens": 2, "pattern": "mlp hedgehog_window", "layers": {"hedgehog_window": {"num_heads": 2}}},
