@@ -156,17 +156,23 @@ class ProductKeyMemory(TokenwiseChannel):
         """
         place = torch.arange(self.top_k, device=best.device)
         counts = torch.div(self.top_k, place + 1, rounding_mode="floor")  # of second places for each first one
-        total = sum(self.top_k // (i + 1) for i in range(self.top_k))
+        total = self._num_pairs
         first = place.repeat_interleave(counts, output_size=total)
         second = torch.arange(total, device=best.device) - (counts.cumsum(0) - counts)[first]
         sums = best[0].index_select(-1, first) + best[1].index_select(-1, second)
         chosen = sums.topk(self.top_k, dim=-1).indices
         return first[chosen], second[chosen]
 
+    @property
+    def _num_pairs(self) -> int:
+        """Pairs of places that can be among the best."""
+        return sum(self.top_k // (i + 1) for i in range(self.top_k))
+
     def flops(self, length: int) -> int:
         heads, k, half = self.num_heads, self.top_k, self.subkeys.shape[-1]
         scores = 2 * heads * 2 * half * self.num_subkeys
-        return super().flops(length) + length * (scores + heads * k**2 + 2 * heads * k * self.values.shape[1])
+        read = 2 * heads * k * self.values.shape[1]
+        return super().flops(length) + length * (scores + heads * self._num_pairs + read)
 
     def _usage(self, rows: Tensor, weights: Tensor, gate: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         table = self.values.shape[0]

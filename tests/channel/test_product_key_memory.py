@@ -46,11 +46,21 @@ def test_top_k_and_output_are_those_of_brute_force_with_gradients():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def test_all_pairs_when_top_k_is_every_subkey():
-    layer = make(top_k=7)
-    rows, _ = layer.lookup(torch.randn(3, 6, dtype=torch.float64))
-    expected, _ = brute_force(layer, torch.randn(3, 6, dtype=torch.float64))
-    assert rows.shape == expected.shape == (3, 3, 7)
+@pytest.mark.parametrize("top_k", [1, 2, 6, 7])
+def test_the_best_are_found_for_every_top_k_and_among_equals(top_k):
+    """One, and as many as there are sub-keys; whole scores, so that many sums are the same."""
+    layer = make(top_k=top_k)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    rows, weights = layer.lookup(x)
+    expected, shares = brute_force(layer, x)
+    assert torch.equal(rows, expected)
+    torch.testing.assert_close(weights, shares, rtol=1e-12, atol=1e-14)
+    scores = torch.randint(3, (2, 500, 7)).sort(-1, descending=True).values
+    first, second = layer._best_pairs(scores[..., :top_k])
+    found = scores[0].gather(-1, first) + scores[1].gather(-1, second)
+    sums = (scores[0].unsqueeze(-1) + scores[1].unsqueeze(-2)).flatten(-2)
+    assert torch.equal(found, sums.topk(top_k).values)
+    assert all(len(set(pairs)) == top_k for pairs in (first * 7 + second).tolist())
 
 
 def test_a_sparse_gradient_holds_the_rows_read_and_the_same_numbers():
