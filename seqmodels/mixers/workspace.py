@@ -163,7 +163,7 @@ class Workspace(Mixer):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: WorkspaceState) -> Tensor:
-        y = self._read(x_t.unsqueeze(1), state.slots, self._read_gate(x_t).unsqueeze(1))
+        y = self._read_one(x_t, state.slots)
         score, value = self._write(x_t, self._write_gate(x_t))
         largest = torch.maximum(state.largest, score)
         old, new = (state.largest - largest).exp(), (score - largest).exp()
@@ -171,12 +171,15 @@ class Workspace(Mixer):
         gathered = state.gathered * old[..., None] + new[..., None] * value.unsqueeze(1)
         state.position += 1
         ends = (state.position % self.segment == 0)[:, None]
-        keep, update = self._update(Sums(largest, mass, gathered), ends[:, 0])
-        state.slots.copy_(keep[..., None] * state.slots + update)
+        # Only where a segment ends is anything written, which is free to know on the CPU alone.
+        unknown = x_t.device.type != "cpu" or torch.compiler.is_compiling() or type(x_t) is not Tensor
+        if unknown or bool(ends.any()):
+            keep, update = self._update(Sums(largest, mass, gathered), ends[:, 0])
+            state.slots.copy_(keep[..., None] * state.slots + update)
         state.largest.copy_(torch.where(ends, FLOOR, largest))
         state.mass.copy_(torch.where(ends, 0, mass))
         state.gathered.copy_(torch.where(ends[..., None], 0, gathered))
-        return y.squeeze(1)
+        return y
 
     def init_state(
         self,
@@ -266,6 +269,15 @@ class Workspace(Mixer):
         logits = self.read_query(rows) @ key.mT / math.sqrt(self.rank)
         read = logits.softmax(-1, dtype=state_dtype(rows.dtype)).to(value.dtype) @ value
         return gate[..., None] * self.read_out(read)
+
+    def _read_one(self, x_t: Tensor, slots: Tensor) -> Tensor:
+        """:meth:`_read` of one token a row, (batch, d_model). The query goes back through W_k and the mean of the slots
+        through W_v, so that no keys and values of the slots are made for it: about rank times fewer products."""
+        normed = rms_norm(slots, (self.d_model,)).to(x_t.dtype)
+        query = self.read_query(x_t) @ self.read_key.weight / math.sqrt(self.rank)
+        weight = (normed @ query.unsqueeze(-1).to(normed.dtype)).softmax(-2, dtype=state_dtype(x_t.dtype))
+        read = self.read_value((weight.to(normed.dtype).mT @ normed).squeeze(-2))
+        return self._read_gate(x_t)[:, None] * self.read_out(read)
 
     def _write(self, rows: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (..., slots) and gated values (..., rank) in float32, of rows with their gates."""

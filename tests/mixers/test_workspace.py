@@ -187,6 +187,22 @@ def test_autocast_leaves_the_sums_of_the_slots_in_float32():
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_decoding_rows_at_different_places_of_a_segment():
+    """Segments end in one row and not in another, or in none; each step is the equations."""
+    layer = make()
+    x = torch.randn(3, 19, 6, dtype=torch.float64)
+    begun = (0, 2, 7)
+    state = layer.init_state(3)
+    for row, count in enumerate(begun):
+        if count:
+            alone = layer(x[row : row + 1, :count], return_state=True).state
+            for (_, to), (_, value) in zip(state.tensors(), alone.tensors(), strict=True):
+                to[row] = value[0].detach()
+    found = torch.stack([layer.step(x[range(3), [count + t for count in begun]], state) for t in range(12)], 1)
+    for row, count in enumerate(begun):
+        torch.testing.assert_close(found[row], by_definition(layer, x[row])[count : count + 12].detach())
+
+
 def test_equal_evidence_writes_the_first_slots():
     layer = make()
     with torch.no_grad():
