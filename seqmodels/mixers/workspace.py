@@ -189,8 +189,10 @@ class Workspace(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> WorkspaceState:
-        initial = self._initial(batch_size, dtype or self.initial_slots.dtype).detach()
-        return initial.map(lambda tensor: tensor.to(device or tensor.device, copy=True).contiguous())
+        check_positive(type(self).__name__, batch_size=batch_size)
+        # Made where it is wanted: the meta device, on which each given state is checked, holds nothing.
+        initial = self._initial(batch_size, dtype or self.initial_slots.dtype, device).detach()
+        return initial.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
     def flops(self, length: int) -> int:
         per_token = 4 * self.d_model * self.rank + 4 * self.num_slots * self.rank  # as counted in MACs: q, o, k2, v2
@@ -238,11 +240,11 @@ class Workspace(Mixer):
         }
         return MixerOutput(y, final, aux)
 
-    def _initial(self, documents: int, dtype: torch.dtype) -> WorkspaceState:
-        carried, device = state_dtype(dtype), self.initial_slots.device
+    def _initial(self, documents: int, dtype: torch.dtype, device: torch.device | str | None = None) -> WorkspaceState:
+        carried, device = state_dtype(dtype), self.initial_slots.device if device is None else device
         sums = torch.zeros(documents, self.num_slots, dtype=carried, device=device)
         return WorkspaceState(
-            self.initial_slots.to(carried).expand(documents, -1, -1),
+            self.initial_slots.to(device, carried).expand(documents, -1, -1),
             sums + FLOOR,
             sums,
             torch.zeros(documents, self.num_slots, self.rank, dtype=carried, device=device),

@@ -203,6 +203,14 @@ def test_decoding_rows_at_different_places_of_a_segment():
         torch.testing.assert_close(found[row], by_definition(layer, x[row])[count : count + 12].detach())
 
 
+def test_a_state_is_made_where_and_as_large_as_asked():
+    state = make().init_state(3, device="meta")
+    assert {tensor.device.type for _, tensor in state.tensors()} == {"meta"}
+    assert all(tensor.is_contiguous() and len(tensor) == 3 for _, tensor in state.tensors())
+    with pytest.raises(ValueError, match="Workspace: batch_size is 0; expected a positive integer"):
+        make().init_state(0)
+
+
 def test_equal_evidence_writes_the_first_slots():
     layer = make()
     with torch.no_grad():
