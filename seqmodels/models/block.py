@@ -142,7 +142,7 @@ class Parallel(nn.Module):
             aux = merge_aux(aux, output.aux, word)
             gate = self.gate(word)
             if gate is not None:
-                aux[f"{word}.gate"] = gate.detach()[0]
+                aux[f"{word}.gate"] = gate.detach()[0].clone()  # FSDP2 frees the whole gate behind the forward
         y = torch.zeros_like(x) if y is None else y
         return MixerOutput(y, ParallelState(tuple(states)) if return_state else None, aux)
 

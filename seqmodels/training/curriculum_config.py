@@ -165,7 +165,9 @@ def _check_quantity(ramp: RampConfig, paths: list[PathSpec], where: str) -> None
     place = f"{where}: the ramp of {ramp.part}.{ramp.quantity}"
     if ramp.quantity == GATE:
         if any(path.gate is None for path in paths):
-            raise ConfigError(f"{place}: {ramp.part!r} has no gate; give it one under model.layers, such as gate: 0.0")
+            raise ConfigError(
+                f"{place}: {ramp.part!r} has no gate; give it one under model.layers, such as path_gate: 0.0"
+            )
         return
     for path in paths:
         for layer in path.layers:

@@ -13,9 +13,10 @@ from training_cases import tiny_config
 from seqmodels.channel import ChunkMoE
 from seqmodels.training.loop import train
 
-PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv chunk_moe linear_attention swiglu", "meta_tokens": 3}
+PLAIN = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv chunk_moe linear_attention|swiglu", "meta_tokens": 3}
 PLAIN["layers"] = {
     "linear_attention": {"num_heads": 2, "decay": "fixed"},
+    "swiglu": {"path_gate": 0.5},  # a metric, read when FSDP2 has freed the whole gate
     # Loads are summed over the processes; the auxiliary losses are means over a process's own chunks.
     "chunk_moe": {"num_experts": 4, "d_hidden": 8, "chunk_size": 8, "balance": "bias", "z_weight": 0.0},
 }

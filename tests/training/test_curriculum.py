@@ -295,7 +295,7 @@ def ramp(**values: Any) -> list[dict[str, Any]]:
         (changed(1, ramps=ramp(steps=4)), "takes 4 steps, the stage 3 of steps=12"),
         (changed(1, ramps=ramp(quantity="num_globals", end=8)), "ends at 8, but the model is configured with 16"),
         (changed(1, ramps=ramp(quantity="globals")), "no layer of this part has a number 'globals'"),
-        (changed(3, ramps=ramp(part="memory")), "'memory' has no gate"),
+        (changed(3, ramps=ramp(part="memory")), "'memory' has no gate; .* such as path_gate: 0.0"),
         (changed(1, ramps=ramp() + ramp(start=0.1)), "2 ramps of sparse_attention.gate, of which the last alone"),
         ([*changed(0, share=0.01), {"name": "rest", "share": 0.24}], "a share of 0.01 of steps=12 is no step"),
         (changed(0, share=-0.1), "share"),
