@@ -21,7 +21,7 @@ PLAIN["layers"] = {
     "chunk_moe": {"num_experts": 4, "d_hidden": 8, "chunk_size": 8, "balance": "bias", "z_weight": 0.0},
 }
 CHANGES = {"model": PLAIN, "accumulation": 2, "checkpoint": {"every": 3, "keep": 9}}
-LINKED = {"vocab_size": 256, "d_model": 16, "pattern": "gated_conv workspace linear_attention product_key_memory"}
+LINKED = PLAIN | {"pattern": "gated_conv workspace linear_attention product_key_memory"}
 
 
 def linked(parallel: str) -> dict:
