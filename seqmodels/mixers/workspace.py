@@ -172,8 +172,7 @@ class Workspace(Mixer):
         state.position += 1
         ends = (state.position % self.segment == 0)[:, None]
         # Only where a segment ends is anything written, which is free to know on the CPU alone.
-        unknown = x_t.device.type != "cpu" or torch.compiler.is_compiling() or type(x_t) is not Tensor
-        if unknown or bool(ends.any()):
+        if not _is_at_hand(x_t) or bool(ends.any()):
             keep, update = self._update(Sums(largest, mass, gathered), ends[:, 0])
             state.slots.copy_(keep[..., None] * state.slots + update)
         state.largest.copy_(torch.where(ends, FLOOR, largest))
@@ -327,3 +326,8 @@ class Workspace(Mixer):
             pick(sums.gathered, before.gathered, 0.0),
             before.position + lengths,
         )
+
+
+def _is_at_hand(x: Tensor) -> bool:
+    """Whether values can be looked at without a wait or a graph break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor

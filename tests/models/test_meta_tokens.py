@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import seqmodels
 from seqmodels import backends
+from seqmodels.channel import CHANNELS
 from seqmodels.configuration import convert, dump_yaml, parse_yaml
 from seqmodels.layout import Layout
-from seqmodels.mixers import MixerOutput
+from seqmodels.mixers import MIXERS, MixerOutput
 from seqmodels.models import LanguageModel, ModelConfig, account, generate, load_model, save_model
-from seqmodels.models.arguments import default_arguments, layer_class, layer_names
+from seqmodels.models.arguments import default_arguments, layer_class
 from seqmodels.ops.rotary import rotary, rotary_tables
 from seqmodels.testing import LAWS, check_law
 
@@ -68,10 +69,10 @@ def one_layer(name: str, dtype: torch.dtype) -> LanguageModel:
 
 
 def carries_meta_tokens(name: str) -> bool:
-    return name != "hedgehog_window" and layer_class(name).causality == "causal" and not name.startswith("test_")
+    return name != "hedgehog_window" and layer_class(name).causality == "causal"
 
 
-@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, layer_names())))
+@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, (*MIXERS.shipped(), *CHANNELS.shipped()))))
 def test_every_layer_equals_prepending(name: str) -> None:
     """Every layer passes on outputs and gradients through the state that all documents begin from."""
     model = one_layer(name, torch.float64)
@@ -92,7 +93,7 @@ def test_every_layer_equals_prepending(name: str) -> None:
 
 
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason=str(backends.missing("cpu")))
-@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, layer_names())))
+@pytest.mark.parametrize("name", list(filter(carries_meta_tokens, (*MIXERS.shipped(), *CHANNELS.shipped()))))
 def test_gradient_through_the_kernels_that_take_float32(name: str) -> None:
     """The C++ kernels pass the gradient on to the state that documents begin from."""
     exact, model = one_layer(name, torch.float64), one_layer(name, torch.float32)
