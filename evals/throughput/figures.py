@@ -44,7 +44,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _cost_over_length(rows: Rows, plt: Any) -> Any:
-    """Microseconds a token over length: a flat line is linear cost."""
+    """Microseconds a token over length: flat is linear. Series of three lengths or more, where there are any."""
     lines = {
         key: points
         for key, points in series_of(rows).items()
@@ -52,7 +52,10 @@ def _cost_over_length(rows: Rows, plt: Any) -> Any:
     }
     if not lines:
         return None
+    most = max(len(points) for points in lines.values())
+    lines = {key: points for key, points in lines.items() if len(points) >= min(3, most)}
     figure, axes = plt.subplots(figsize=(7, 4))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for (_, backend, rival, _), points in sorted(lines.items(), key=str):
         config = points[0][1]["config"]
         tokens = [length * config["batch"] for length, _ in points]
